@@ -1,8 +1,9 @@
 """Everything outlast raises on purpose.
 
-Three families, told apart by who can act on them: `PeerLost` and `GenerationChanged` are expected and handled inside the
-runtime; `Corrupt` and `StateLost` are about bytes that cannot be trusted or no longer exist; `Misuse` is for the person who
-wrote the script or the command line, and its text says what to do next.
+Three families, told apart by who can act on them: `PeerLost` and `GenerationChanged` are expected
+and handled inside the runtime; `Corrupt` and `StateLost` are about bytes that cannot be trusted or
+no longer exist; `Misuse` is for the person who wrote the script or the command line, and its text
+says what to do next.
 """
 
 
@@ -27,4 +28,5 @@ class StateLost(OutlastError):
 
 
 class Misuse(OutlastError):
-    """The script or the command line asks for something that cannot work; says what to do instead."""
+    """The script or the command line asks for something that cannot work; says what to do instead.
+    """

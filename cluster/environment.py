@@ -1,0 +1,58 @@
+"""The only place that reads environment variables.
+
+Everything else takes values as arguments, so what a process does never depends on a variable that
+nobody sees. The job key is a secret of the agents: it is not handed on to workers.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from outlast.cluster.errors import Misuse
+
+AGENT_FD = "OUTLAST_AGENT_FD"
+LATCH_FD = "OUTLAST_LATCH_FD"
+JOB_KEY = "OUTLAST_JOB_KEY"
+KEY_BYTES_MIN = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What an agent passes to its workers, and what an operator passes to the agents; None where
+    unset."""
+
+    agent_fd: int | None
+    latch_fd: int | None
+    job_key: bytes | None
+
+
+def environment(variables: Mapping[str, str] | None = None) -> Environment:
+    """Read this process's variables (or the given ones); raises Misuse on a value that makes no
+    sense."""
+    found = os.environ if variables is None else variables
+    key = found.get(JOB_KEY)
+    if key is not None and len(key.encode()) < KEY_BYTES_MIN:
+        raise Misuse(
+            f"{JOB_KEY} is shorter than {KEY_BYTES_MIN} bytes: use e.g. `openssl rand -hex 32`"
+        )
+    return Environment(
+        agent_fd=_descriptor(found, AGENT_FD),
+        latch_fd=_descriptor(found, LATCH_FD),
+        job_key=None if key is None else key.encode(),
+    )
+
+
+def inherited() -> dict[str, str]:
+    """A copy of this process's variables for a child, without the job key."""
+    return {name: value for name, value in os.environ.items() if name != JOB_KEY}
+
+
+def _descriptor(found: Mapping[str, str], name: str) -> int | None:
+    text = found.get(name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise Misuse(
+            f"{name}={text!r} is not a file descriptor; it is set by `outlast launch` alone"
+        )
+    return int(text)
