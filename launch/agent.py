@@ -1,0 +1,277 @@
+"""One incarnation of a node's agent: membership on one side, workers on the other.
+
+A worker's death becomes a new description within a millisecond; a new view reaches every worker
+of the node as soon as it is installed. An elastic job (its workers speak outlast) goes on with
+whoever is left; a plain job is restarted as a whole whenever its members or its count of restarts
+change. Invariant: the outcome is set once, and from then on nothing that happens is news.
+"""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from outlast.cluster.errors import Misuse
+from outlast.cluster.mesh import Callbacks, Job, Mesh
+from outlast.cluster.timing import Timing
+from outlast.cluster.view import Member, View
+from outlast.launch.config import LaunchConfig, host_and_port
+from outlast.launch.console import Console
+from outlast.launch.crew import Crew
+from outlast.launch.event_log import EventLog
+from outlast.launch.link import Message
+from outlast.launch.metrics_log import MetricsLog
+from outlast.launch.plain_job import PlainJob
+from outlast.launch.progress import Progress
+from outlast.launch.torch_environment import restart_round
+from outlast.launch.worker_desk import WorkerDesk
+from outlast.launch.worker_process import WorkerProcess, exit_text
+
+EXIT_FAILED = 1
+EXIT_REFUSED = 2
+EXIT_NO_QUORUM = 75  # EX_TEMPFAIL: a scheduler may start the job again from its checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an incarnation ended: exit code, what to say, whether workers get a grace, what next."""
+
+    code: int
+    text: str = ""
+    graceful: bool = True
+    rejoin: bool = False
+
+
+class Agent:
+    """The agent from its start to its outcome; `run` drives it."""
+
+    def __init__(self, config: LaunchConfig, key: bytes, console: Console) -> None:
+        self.config, self.console = config, console
+        self.timing = Timing(heartbeat_s=config.heartbeat_s)
+        grace_s = config.shutdown_timeout_s  # from SIGTERM to SIGKILL for a worker
+        self.grace_s = self.timing.grace_s if grace_s is None else grace_s
+        self.agent, self.node = secrets.token_hex(8), config.node
+        directory = Path(config.log_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.events = EventLog(directory, self.node, self.agent)
+        self.metrics = MetricsLog(directory / "metrics.jsonl")
+        self.progress = Progress(console, config.job, config.log_dir, self.agent)
+        self.crew = Crew(config, self, directory / self.node / self.agent)
+        self.desk = WorkerDesk(self)
+        self.view: View | None = None
+        self.times = {"detected": 0.0, "agreed": 0.0}
+        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        endpoints = tuple(host_and_port(text) for text in config.endpoints)
+        host = config.local_addr or own_address(endpoints[0])
+        me = Member(self.agent, self.node, host, 0, self.crew.workers())
+        job = Job(
+            job_id=config.job, key=key, endpoints=endpoints,
+            min_nodes=config.min_nodes, max_nodes=config.max_nodes,
+        )  # fmt: skip
+        self.mesh = Mesh(job, me, self.timing, self._callbacks())
+        self.restarts = 0
+        self._running: View | None = None  # of an elastic job that we are not in yet
+        self._plain = PlainJob(self)
+        self._succeeded = False
+
+    def _callbacks(self) -> Callbacks:
+        return Callbacks(
+            on_install=self._install,
+            on_running=self._join,
+            on_described=lambda member: self._check_end(),
+            on_message=self._hear,
+            on_suspect=self._suspect,
+            on_refused=lambda cause: self.event("refused_peer", cause=cause),
+            on_evicted=lambda: self.end(
+                Outcome(0, "was evicted while it slept; joins again", False, True), "evicted"
+            ),
+            on_no_quorum=lambda: self.end(
+                Outcome(EXIT_NO_QUORUM, "cut off from the majority of the job; stops", False),
+                "no_quorum",
+            ),
+            on_failed=lambda error: self.end(Outcome(EXIT_REFUSED, str(error))),
+        )
+
+    async def run(self) -> Outcome:
+        """Take part until the outcome is known; ends the workers and leaves."""
+        ticking = None
+        try:
+            await self.mesh.start()
+            self.event("started", pid=os.getpid())
+            ticking = asyncio.create_task(self.crew.keep_pinging(self.timing))
+            outcome = await self.outcome
+        except Misuse as error:
+            outcome = Outcome(EXIT_REFUSED, str(error))
+            self.end(outcome)
+        finally:
+            for task in (ticking, self._plain.restarting):
+                if task is not None:
+                    task.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await task
+        await self.crew.stop(self.grace_s if outcome.graceful else 0)
+        await self.mesh.stop()
+        self.crew.memory.close()
+        self.event("finished" if outcome.code == 0 and not outcome.rejoin else "stopped",
+                   code=outcome.code, cause=outcome.text)  # fmt: skip
+        self.events.close()
+        return outcome
+
+    @property
+    def elastic(self) -> bool:
+        """Whether workers of this job speak outlast: ours, or those of any member."""
+        if self.crew.ever_attached or self._running is not None:
+            return True
+        members = self.view.members if self.view else ()
+        return any(self.mesh.members.get(m.agent, m).elastic for m in members)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Write to the event log."""
+        self.events.write(name, fields)
+
+    def said(self, worker: WorkerProcess, message: Message) -> None:
+        """A worker's message."""
+        if not self.outcome.done():
+            self.desk.said(worker, message)
+
+    def end(self, outcome: Outcome, event: str = "", broadcast: bool = False) -> None:
+        """Set the outcome, once; broadcast: it is the whole job's."""
+        if self.outcome.done():
+            return
+        if event:
+            self.event(event)
+        if broadcast:
+            self.mesh.broadcast({"kind": "end", "code": outcome.code, "text": outcome.text})
+        self.outcome.set_result(outcome)
+
+    def fail(self, text: str) -> None:
+        """The job has failed; every agent ends."""
+        self.end(Outcome(EXIT_FAILED, f"job failed: {text}"), broadcast=True)
+
+    def describe(self) -> None:
+        """Tell the others what this node is now."""
+        if self.outcome.done():
+            return
+        settled = self.crew.settled
+        if settled and self.crew.succeeded and not self._succeeded:
+            self._succeeded = True
+            self.mesh.broadcast({"kind": "done"})
+        me = replace(
+            self.mesh.me, workers=self.crew.workers(), restarts=self.restarts, finished=settled,
+            elastic=self.crew.ever_attached, memories=len(self.crew.memory.kept),
+        )  # fmt: skip
+        if self._running is not None and self.view is None:
+            if not self.crew.complete:
+                return
+            self.mesh.describe(me)
+            self.mesh.request_join()
+        elif me != self.mesh.me:
+            self.mesh.describe(me)
+        self._check_end()
+
+    def failed(self, worker: WorkerProcess, code: int, respawn: bool) -> None:
+        """A worker ended badly: go on without it, with a new one, from the start, or not at all."""
+        if self.outcome.done():
+            return
+        view = self.view or self._running
+        assert view is not None, "workers run in a view"
+        rank = next((i for i, (_, w) in enumerate(view.workers) if w.holder == worker.holder), "?")
+        who = f"rank {rank} ({self.node}, local rank {worker.local_rank}, pid {worker.pid})"
+        text = f"{who} {exit_text(code)}"
+        if self.elastic:
+            if code > 0:
+                self.console.failure(text, worker.failure_text())
+            if respawn:
+                self.crew.spawn(self.crew.slots[worker.local_rank], view, self.mesh.me)
+            elif code > 0 or self.view is None:
+                self.fail(text)
+            else:
+                self.describe()
+            return
+        self.console.failure(text, worker.failure_text())
+        if restart_round(view) < self.config.max_restarts:
+            self.restarts = restart_round(view) + 1
+            self.describe()
+        else:
+            self.fail(text)
+
+    def _install(self, view: View, detected: float, agreed: float, proposer: str) -> None:
+        if self.outcome.done():
+            return
+        first, self.view, self._running = self.view is None, view, None
+        self.times = {"detected": detected, "agreed": agreed}
+        self.desk.relay.install(view.generation)
+        for worker in self.crew.attached:
+            self.desk.show_view(worker)
+        members = [{"node": m.node, "agent": m.agent, "workers": [w.holder for w in m.workers]}
+                   for m in view.members]  # fmt: skip
+        self.event("view", generation=view.generation, members=members, proposer=proposer,
+                   **self.times)  # fmt: skip
+        if first and view.generation > 1:
+            self.event("joined", generation=view.generation)
+        self.progress.install(view, detected, agreed)
+        self.metrics.founding |= view.generation == 1
+        if self.progress.speaks:
+            self.metrics.write()
+        if self.elastic:
+            if self.crew.started:
+                self.crew.refill(view, self.mesh.me)
+            else:
+                self.crew.start(view, self.mesh.me)
+        else:
+            self._plain.follow(view)
+        self._check_end()
+
+    def _join(self, view: View) -> None:
+        """A job runs without us. An elastic one is joined when our workers are ready."""
+        if self.outcome.done() or self.view is not None or self._running is not None:
+            return
+        if not any(member.elastic for member in view.members):
+            self.mesh.request_join()
+            return
+        self._running = view
+        for slot in self.crew.slots:
+            slot.member = False
+        self.crew.start(view, self.mesh.me)
+
+    def _hear(self, agent: str, message: Message) -> None:
+        kind = message.get("kind")
+        try:
+            if kind == "store":
+                self.desk.push(message)
+            elif kind == "done":
+                self._succeeded = True
+            elif kind == "end":
+                code = message["code"]
+                self.end(Outcome(int(code), str(message["text"])))
+        except (Misuse, KeyError, TypeError, ValueError) as error:
+            self.event("malformed", peer=agent, cause=str(error))
+
+    def _suspect(self, agent: str, node: str, cause: str) -> None:
+        self.progress.causes[agent] = cause
+        self.event("peer_lost", peer=agent, peer_node=node, cause=cause)
+
+    def _check_end(self) -> None:
+        """The job has ended when nothing more comes from any member."""
+        if self.view is None or self.outcome.done() or not self.crew.settled:
+            return
+        others = [m for m in self.view.members if m.agent != self.agent]
+        if all(self.mesh.members.get(m.agent, m).finished for m in others):
+            if self._succeeded:
+                self.end(Outcome(0), broadcast=True)
+            else:
+                self.fail("every worker was lost")
+
+
+def own_address(endpoint: tuple[str, int]) -> str:
+    """The address of this host that the endpoint's host can dial; nothing is sent."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(endpoint)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise Misuse(f"--rdzv-endpoint: cannot reach {endpoint[0]}: {error}") from error

@@ -1,0 +1,168 @@
+"""The command line: `outlast launch` takes torchrun's flags, spelt either way, or PET_* variables.
+
+Invariant: whatever is wrong with a command is one line on stderr that says what to do, and exit
+code 2. Imports of anything slow wait until a job is really started.
+"""
+
+import secrets
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import outlast
+from outlast.cluster.environment import KEY_BYTES_MIN, environment
+from outlast.cluster.errors import Misuse
+from outlast.launch.config import LaunchConfig, key_values, node_range
+from outlast.launch.processor import worker_count
+
+EXIT_MISUSE = 2
+NOTED = "Accepted for torchrun's sake; outlast has no such choice."
+
+# name, type (None: a flag), default, help, and a short form
+OPTIONS: tuple[tuple[str, Any, Any, str, str], ...] = (
+    ("nnodes", str, "1", "Number of nodes: N, or MIN:MAX.", ""),
+    ("nproc-per-node", str, "1", "Workers per node: a number, auto, cpu or gpu.", ""),
+    ("rdzv-backend", str, "outlast", NOTED, ""),
+    ("rdzv-endpoint", str, "", "Where agents meet: HOST:PORT[,HOST:PORT…].", ""),
+    ("rdzv-id", str, "none", "Name of the job.", ""),
+    ("rdzv-conf", str, "", NOTED + " All waits follow --heartbeat.", ""),
+    ("standalone", None, False, "All nodes on this machine; no endpoint or key needed.", ""),
+    ("max-restarts", int, 0, "Restarts of workers before a failure is final.", ""),
+    ("monitor-interval", float, 0.1, NOTED + " Workers are watched without polling.", ""),
+    ("start-method", click.Choice(["spawn", "fork", "forkserver"]), "spawn", NOTED, ""),
+    ("role", str, "default", "ROLE_NAME of the workers.", ""),
+    ("module", None, False, "SCRIPT is a Python module.", "m"),
+    ("no-python", None, False, "Run SCRIPT itself, not with Python.", ""),
+    ("run-path", None, False, NOTED + " The script runs as usual.", ""),
+    ("log-dir", str, "", "Directory of logs [default: outlast_logs/JOB].", ""),
+    ("redirects", str, "0", "To files: 0..3 (1 stdout, 2 stderr) or RANK:0..3,…", "r"),
+    ("tee", str, "0", "To files and the console, in the same form.", "t"),
+    ("local-ranks-filter", str, "", "Only these local ranks on the console: 0,1,…", ""),
+    ("node-rank", int, 0, NOTED + " Ranks follow the view.", ""),
+    ("master-addr", str, "", "Same as --rdzv-endpoint MASTER_ADDR:MASTER_PORT.", ""),
+    ("master-port", int, 0, "See --master-addr.", ""),
+    ("local-addr", str, "", "Address of this node that others can reach.", ""),
+    ("shutdown-timeout", float, None, "Seconds from SIGTERM to SIGKILL [50 heartbeats].", ""),
+    ("heartbeat", float, 0.5, "Seconds between signs of life; all waits are multiples.", ""),
+    ("job-key-file", str, "", "File with the job's secret key, instead of OUTLAST_JOB_KEY.", ""),
+    ("node-name", str, "", "Name of this node [default: its host name].", ""),
+)
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    for name, kind, default, text, short in reversed(OPTIONS):
+        spellings = dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"])
+        shorts = [f"-{short}"] if short else []
+        variable = name.replace("-", "_")
+        command = click.option(
+            *shorts, *spellings, variable, type=kind, default=default, is_flag=kind is None,
+            envvar=f"PET_{variable.upper()}", help=text,
+        )(command)  # fmt: skip
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(outlast.__version__, prog_name="outlast")
+def commands() -> None:
+    """Training that outlasts its machines."""
+
+
+@commands.command(context_settings={"allow_interspersed_args": False})
+@_with_options
+@click.argument("script")
+@click.argument("script_args", nargs=-1, type=click.UNPROCESSED)
+def launch(**options: Any) -> None:
+    """Run SCRIPT on this node, as torchrun does; what follows SCRIPT is its own."""
+    config = config_from_options(options)
+    key = job_key(options["job_key_file"], config)
+    if config.standalone:
+        from outlast.launch.standalone import run_standalone
+
+        sys.exit(run_standalone(config, key))
+    from outlast.launch.node import run_node
+
+    assert key is not None, "job_key refuses"
+    sys.exit(run_node(config, key))
+
+
+def config_from_options(options: dict[str, Any]) -> LaunchConfig:
+    """The config behind the flags; raises Misuse."""
+    low, high = node_range(options["nnodes"])
+    key_values(options["rdzv_conf"])
+    endpoint = options["rdzv_endpoint"]
+    if not endpoint and options["master_addr"]:
+        endpoint = f"{options['master_addr']}:{options['master_port'] or 29400}"
+    local = options["standalone"] or (high == 1 and not endpoint)
+    job = options["rdzv_id"]
+    if local and job == "none":
+        job = f"job-{secrets.token_hex(4)}"
+    ranks = [text for text in options["local_ranks_filter"].split(",") if text.strip()]
+    if not all(text.strip().isdecimal() for text in ranks):
+        raise Misuse("--local-ranks-filter: give local ranks such as 0,1")
+    _check_script(options)
+    return LaunchConfig(
+        script=options["script"],
+        script_args=tuple(options["script_args"]),
+        min_nodes=low,
+        max_nodes=high,
+        nproc_per_node=worker_count(options["nproc_per_node"]),
+        endpoints=() if local else tuple(text.strip() for text in endpoint.split(",") if text),
+        job=job,
+        standalone=local,
+        max_restarts=options["max_restarts"],
+        role=options["role"],
+        module=options["module"],
+        no_python=options["no_python"],
+        log_dir=options["log_dir"] or f"outlast_logs/{job}",
+        redirects=options["redirects"],
+        tee=options["tee"],
+        local_ranks_filter=tuple(int(text) for text in ranks),
+        local_addr=options["local_addr"],
+        node=options["node_name"] or ("node" if local else socket.gethostname()),
+        heartbeat_s=options["heartbeat"],
+        shutdown_timeout_s=options["shutdown_timeout"],
+    )
+
+
+def job_key(path: str, config: LaunchConfig) -> bytes | None:
+    """The key from the file or the environment; None where a standalone job makes its own."""
+    try:
+        key = Path(path).read_bytes().strip() if path else environment().job_key
+    except OSError as error:
+        raise Misuse(f"--job-key-file: {error}") from error
+    if key is None and not config.standalone:
+        raise Misuse(
+            "several nodes need a secret key, the same on each: export OUTLAST_JOB_KEY="
+            "$(openssl rand -hex 32), or give --job-key-file"
+        )
+    if key is not None and len(key) < KEY_BYTES_MIN:
+        raise Misuse(f"--job-key-file: shorter than {KEY_BYTES_MIN} bytes: openssl rand -hex 32")
+    return key
+
+
+def _check_script(options: dict[str, Any]) -> None:
+    script = options["script"]
+    if options["no_python"] and shutil.which(script) is None:
+        raise Misuse(f"{script!r} is not a program that can be run: check --no-python")
+    if not options["no_python"] and not options["module"] and not Path(script).is_file():
+        raise Misuse(f"script {script!r} does not exist")
+
+
+def main() -> None:
+    """Entry point of `outlast`."""
+    try:
+        commands.main(prog_name="outlast", standalone_mode=False)
+    except click.ClickException as error:
+        text = " ".join(error.format_message().split())
+        click.echo(f"outlast: {text}", err=True)
+        sys.exit(EXIT_MISUSE)
+    except Misuse as error:
+        click.echo(f"outlast: {error}", err=True)
+        sys.exit(EXIT_MISUSE)
+    except click.Abort:
+        sys.exit(130)

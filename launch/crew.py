@@ -1,0 +1,204 @@
+"""The worker processes of one node: one slot per local rank, refilled while restarts are left.
+
+Invariant: `workers()` names exactly the processes that others may build a data plane with. A lost
+worker is out of it before anybody hears its exit code; a respawned one is back in only when it
+has said that it is ready.
+"""
+
+import asyncio
+import secrets
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from outlast.cluster.environment import inherited
+from outlast.cluster.timing import Timing
+from outlast.cluster.view import Member, View, Worker
+from outlast.launch.config import LaunchConfig
+from outlast.launch.link import Message
+from outlast.launch.memory_holder import MemoryHolder
+from outlast.launch.torch_environment import torch_environment
+from outlast.launch.worker_process import WorkerOrder, WorkerProcess, exit_text
+
+
+class CrewOwner(Protocol):
+    """The agent, as its crew sees it."""
+
+    @property
+    def elastic(self) -> bool:
+        """Whether workers of this job speak outlast."""
+
+    @property
+    def view(self) -> View | None:
+        """The view installed last."""
+
+    def said(self, worker: WorkerProcess, message: Message) -> None:
+        """A worker's message."""
+
+    def describe(self) -> None:
+        """What others should know of this node has changed."""
+
+    def failed(self, worker: WorkerProcess, code: int, respawn: bool) -> None:
+        """A worker of the current view ended badly; respawn: its slot is to be filled again."""
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Something for the event log."""
+
+
+@dataclass(slots=True)
+class Slot:
+    """A place for a worker: `member` in the data plane, `done` ended well, `closed` given up."""
+
+    local_rank: int
+    holder: int
+    process: WorkerProcess | None = None
+    member: bool = True
+    done: bool = False
+    closed: bool = False
+    spawns: int = 0
+
+
+class Crew:
+    """All workers of this node; watches them for the agent."""
+
+    def __init__(self, config: LaunchConfig, owner: CrewOwner, directory: Path) -> None:
+        self._config, self._owner, self._directory = config, owner, directory
+        self.memory = MemoryHolder()
+        self.slots = [Slot(rank, new_holder()) for rank in range(config.nproc_per_node)]
+        self._respawns = 0
+        self.started = self.ever_attached = False
+
+    def workers(self) -> tuple[Worker, ...]:
+        """Those that take part in the data plane."""
+        return tuple(Worker(s.holder, s.local_rank) for s in self.slots if s.member)
+
+    @property
+    def attached(self) -> list[WorkerProcess]:
+        """The living workers that speak outlast."""
+        found = [s.process for s in self.slots if s.process is not None]
+        return [worker for worker in found if worker.attached and not worker.gone.is_set()]
+
+    @property
+    def complete(self) -> bool:
+        """Every slot is part of the data plane or was given up."""
+        return all(slot.member or slot.closed for slot in self.slots)
+
+    @property
+    def settled(self) -> bool:
+        """Nothing more comes from here: every slot ended well or was given up."""
+        return all(slot.done or slot.closed for slot in self.slots)
+
+    @property
+    def succeeded(self) -> bool:
+        """At least one worker ended well."""
+        return any(slot.done for slot in self.slots)
+
+    def start(self, view: View, me: Member) -> None:
+        """Fill every slot with a fresh process for this view, or for the next one with us in it."""
+        self.started = True
+        for slot in self.slots:
+            slot.done = slot.closed = False
+            self.spawn(slot, view, me)
+
+    def spawn(self, slot: Slot, view: View, me: Member) -> None:
+        """Fill one slot."""
+        outside = inherited()
+        variables = torch_environment(view, me, slot.local_rank, self._config, outside)
+        order = WorkerOrder(
+            holder=slot.holder,
+            local_rank=slot.local_rank,
+            title=f"{me.node}/{variables['RANK']}",
+            environment=outside | variables,
+            directory=self._directory / f"attempt_{slot.spawns}" / str(slot.local_rank),
+        )
+        slot.spawns += 1
+        slot.process = WorkerProcess(order, self._config, self)
+
+    def refill(self, view: View, me: Member) -> None:
+        """The job turned out to be elastic: fill the slots that died before anybody knew."""
+        for slot in self.slots:
+            dead = slot.process is not None and slot.process.gone.is_set()
+            if dead and not slot.done and not slot.closed:
+                slot.holder, slot.member = new_holder(), False
+                self.spawn(slot, view, me)
+
+    async def stop(self, grace_s: float) -> None:
+        """SIGTERM, and SIGKILL after the grace; returns when every process is reaped."""
+        running = [s.process for s in self.slots if s.process and not s.process.gone.is_set()]
+        for worker in running:
+            worker.expected = True
+            worker.signal(signal.SIGTERM if grace_s else signal.SIGKILL)
+            worker.signal(signal.SIGCONT)
+        waits = [asyncio.create_task(worker.gone.wait()) for worker in running]
+        if waits:
+            _, late = await asyncio.wait(waits, timeout=grace_s or None)
+            for worker in running if late else ():
+                worker.signal(signal.SIGKILL)
+            await asyncio.gather(*waits)
+
+    def ready(self, worker: WorkerProcess) -> None:
+        """It can take part in the data plane."""
+        worker.ready = True
+        self.slots[worker.local_rank].member = True
+        self._owner.describe()
+
+    async def keep_pinging(self, timing: Timing) -> None:
+        """Ping everybody once per heartbeat, and look at those that do not answer."""
+        before, count = time.monotonic(), 0
+        while True:
+            await asyncio.sleep(timing.heartbeat_s)
+            now, count = time.monotonic(), count + 1
+            for worker in self.attached:
+                if now - before > 2 * timing.heartbeat_s:  # held up ourselves: no silence counts
+                    worker.heard()
+                worker.send({"kind": "ping", "n": count})
+                worker.check_silence(timing, now)
+            before = now
+
+    def said(self, worker: WorkerProcess, message: Message) -> None:
+        """Pass a message on to the agent."""
+        self._owner.said(worker, message)
+
+    def lost(self, worker: WorkerProcess, cause: str) -> None:
+        """Out of the data plane at once; its memory waits for the survivors."""
+        slot, view = self.slots[worker.local_rank], self._owner.view
+        if slot.process is not worker:
+            return
+        slot.member = False
+        generation = view.generation if view else 0
+        if worker.ready:
+            self.memory.keep(worker.holder, generation)
+        else:
+            self.memory.forget(worker.holder)
+        self._owner.describe()
+        self._owner.event(
+            "worker_lost", holder=worker.holder, local_rank=worker.local_rank, pid=worker.pid,
+            cause=cause, generation=generation,
+        )  # fmt: skip
+
+    def exited(self, worker: WorkerProcess, code: int) -> None:
+        """Decide what becomes of the slot."""
+        slot = self.slots[worker.local_rank]
+        if worker.expected or slot.process is not worker:
+            return
+        if code == 0 or worker.finished:
+            slot.done = True
+            self._owner.describe()
+            return
+        if not self._owner.elastic:
+            self._owner.failed(worker, code, False)
+            return
+        worker.lose(exit_text(code))
+        respawn = self._respawns < self._config.max_restarts
+        if respawn:
+            self._respawns += 1
+            slot.holder = new_holder()
+        slot.closed = not respawn
+        self._owner.failed(worker, code, respawn)
+
+
+def new_holder() -> int:
+    """The identity of a worker that was never there before: 48 random bits."""
+    return secrets.randbits(48) or 1

@@ -1,0 +1,76 @@
+"""What is said about a job: one line per change of membership and per recovery.
+
+Invariant: only the agent of the first member speaks for the job, so that every line appears once
+however many nodes share a console.
+"""
+
+from outlast.cluster.view import View
+from outlast.launch.console import Console
+from outlast.launch.link import Message
+
+
+class Progress:
+    """Turns views and events into lines of the console."""
+
+    def __init__(self, console: Console, job: str, log_dir: str, agent: str) -> None:
+        self._console, self._job, self._log_dir, self._agent = console, job, log_dir, agent
+        self.causes: dict[str, str] = {}  # agent -> why it was lost
+        self._recovered = 0
+        self._view: View | None = None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this agent is the first member."""
+        return self._view is not None and self._view.members[0].agent == self._agent
+
+    def say(self, text: str) -> None:
+        """A line about the job, if this agent speaks for it."""
+        if self.speaks:
+            self._console.line(text)
+
+    def install(self, view: View, detected: float, agreed: float) -> None:
+        """A new generation."""
+        before, self._view = self._view, view
+        size = f"{_count(len(view.members), 'node')}, {_count(len(view.workers), 'worker')}"
+        if before is None and view.generation == 1:
+            self.say(f"job {self._job}: {size}; logs in {self._log_dir}")
+        elif before is not None:
+            changes = self._changes(before, view) or "order changed"
+            took = f"agreed in {max(0.0, agreed - detected) * 1000:.0f} ms"
+            self.say(f"generation {view.generation}: {changes}, {size}; {took}")
+
+    def recovered(self, message: Message) -> None:
+        """A worker has recovered: said once per generation."""
+        generation, phases = message.get("generation"), message.get("phases")
+        if not isinstance(generation, int) or generation <= self._recovered:
+            return
+        self._recovered = generation
+        took = sum(phases.values()) if isinstance(phases, dict) else 0.0
+        rungs = message.get("rungs")
+        names = ", ".join(rungs) if isinstance(rungs, dict) and rungs else "nothing was lost"
+        self.say(
+            f"generation {generation}: recovered at step {message.get('step')} in {took:.0f} ms"
+            f" ({names})"
+        )
+
+    def _changes(self, before: View, view: View) -> str:
+        texts = []
+        for member in before.members:
+            now = view.member(member.agent)
+            if now is None:
+                texts.append(f"lost {member.node} ({self.causes.get(member.agent, 'gone')})")
+                continue
+            holders = {worker.holder for worker in now.workers}
+            gone = [w for w in member.workers if w.holder not in holders]
+            texts += [f"lost worker {w.local_rank} of {member.node}" for w in gone]
+            known = {worker.holder for worker in member.workers}
+            back = [w for w in now.workers if w.holder not in known]
+            texts += [f"worker {w.local_rank} of {member.node} is back" for w in back]
+            if now.restarts > member.restarts:
+                texts.append(f"restart {now.restarts} asked by {member.node}")
+        fresh = [member.node for member in view.members if before.member(member.agent) is None]
+        return ", ".join(texts + [f"{node} joined" for node in fresh])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,139 @@
+"""Several nodes on one machine: one agent process per node, each in a session of its own.
+
+The launcher only starts, watches and ends; all decisions are the agents'. Invariant: when it
+returns, no process that it started is left. An agent that a signal killed is a lost node, and the
+job goes on without it.
+"""
+
+import fcntl
+import json
+import os
+import secrets
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from outlast.cluster.errors import Misuse
+from outlast.cluster.timing import Timing
+from outlast.launch.config import LaunchConfig
+
+EXIT_KILLED = 1
+Process = subprocess.Popen[bytes]
+
+
+def run_standalone(config: LaunchConfig, key: bytes | None) -> int:
+    """Run the whole job here; returns its exit code. Without a key a fresh one is made."""
+    with _reserved(Path(config.log_dir)), _free_port() as port, _signals() as wakeup:
+        config = replace(config, endpoints=(f"127.0.0.1:{port}",), local_addr="127.0.0.1")
+        key = key or secrets.token_bytes(32)
+        names = [f"{config.node or 'node'}{index}" for index in range(config.max_nodes)]
+        agents = [_start(replace(config, node=name), key) for name in names]
+        try:
+            signalled = _watch(agents, wakeup, config)
+        finally:
+            for agent in agents:
+                agent.kill()  # no effect on those that have ended
+                agent.wait()
+    codes = [agent.returncode for agent in agents]
+    if signalled:
+        return 128 + signalled
+    ended = [code for code in codes if code >= 0]
+    return max(ended) if ended else EXIT_KILLED
+
+
+def _start(config: LaunchConfig, key: bytes) -> Process:
+    source, sink = os.pipe()
+    order = {"config": config.as_json(), "key": key.hex(), "launcher": os.getpid()}
+    # -P: a directory of the user's must not hide our modules.
+    command = [sys.executable, "-P", "-m", "outlast.launch.node", str(source)]
+    try:
+        agent = subprocess.Popen(command, pass_fds=(source,), start_new_session=True)
+    finally:
+        os.close(source)
+    with os.fdopen(sink, "w") as pipe:
+        json.dump(order, pipe)
+    return agent
+
+
+def _watch(agents: list[Process], wakeup: socket.socket, config: LaunchConfig) -> int:
+    """Wait for all agents, handing signals on to them; the first signal's number, or 0."""
+    timing = Timing(heartbeat_s=config.heartbeat_s)
+    grace_s = timing.grace_s if config.shutdown_timeout_s is None else config.shutdown_timeout_s
+    signalled, running = 0, 0
+    with selectors.DefaultSelector() as selector:
+        selector.register(wakeup, selectors.EVENT_READ)
+        for agent in agents:
+            selector.register(os.pidfd_open(agent.pid), selectors.EVENT_READ, agent)
+            running += 1
+        while running:
+            ready = selector.select(grace_s + timing.no_quorum_s if signalled else None)
+            if signalled and not ready:
+                return signalled  # an agent hangs: the caller kills
+            for found, _ in ready:
+                if found.data is not None:
+                    found.data.wait()
+                    selector.unregister(found.fileobj)
+                    os.close(found.fd)
+                    running -= 1
+                    continue
+                for number in wakeup.recv(64):
+                    signalled = signalled or number
+                    for agent in agents:
+                        if agent.poll() is None:
+                            agent.send_signal(number)
+                            agent.send_signal(signal.SIGCONT)
+    return signalled
+
+
+@contextmanager
+def _signals() -> Iterator[socket.socket]:
+    """A socket from which the numbers of SIGINT and SIGTERM can be read."""
+    ours, wakeup = socket.socketpair()
+    with ours, wakeup:
+        ours.setblocking(False)
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, lambda *_: None) for number in numbers]
+        previous = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
+        try:
+            yield wakeup
+        finally:
+            signal.set_wakeup_fd(previous)
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _reserved(directory: Path) -> Iterator[None]:
+    """Hold the log directory: two jobs must not write the same metrics."""
+    directory.mkdir(parents=True, exist_ok=True)
+    file = os.open(directory / ".lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise Misuse(
+            f"{directory} belongs to a running job: choose another --rdzv-id or --log-dir"
+        ) from None
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def _free_port() -> Iterator[int]:
+    """A port for the agents to meet at, below the ephemeral ones so that no connection takes it."""
+    for _ in range(100):
+        port = 10000 + secrets.randbelow(10000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        yield port
+        return
+    raise Misuse("no free port between 10000 and 20000 on 127.0.0.1")
