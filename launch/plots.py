@@ -106,15 +106,18 @@ def loss_curves(run: RunRecord, twin: RunRecord | None) -> str:
 
 
 def _fault_lines(axes: "Sequence[Axes]", run: RunRecord) -> None:
+    marked: list[int] = []
     for number, outcome in enumerate(run.outcomes, 1):
         if outcome.fault is None:
             continue
         step = run.step_at(outcome.time)
+        beside = 3 + 11 * marked.count(step)  # points: labels of one step stand side by side
+        marked.append(step)
         for ax in axes:
             ax.axvline(step, color=COLOURS["fault"], linewidth=0.9, linestyle=(0, (3, 3)))
         axes[0].annotate(
-            f"{number} {outcome.fault.label}",
-            (step, 0.02), xycoords=("data", "axes fraction"), xytext=(3, 0),
+            f"{number} · {outcome.fault.label}",
+            (step, 0.02), xycoords=("data", "axes fraction"), xytext=(beside, 0),
             textcoords="offset points", rotation=90, va="bottom", fontsize=8,
             color=COLOURS["fault"],
         )  # fmt: skip
@@ -183,7 +186,7 @@ def recovery_phases(run: RunRecord) -> str:
                 f"{total:.0f} ms", (total, row), xytext=(4, 0), textcoords="offset points",
                 va="center", fontsize=9, color=COLOURS["ink"],
             )  # fmt: skip
-        ax.set_yticks(rows, [f"{number} {outcome.label}" for number, outcome in numbered])
+        ax.set_yticks(rows, [f"{number} · {outcome.label}" for number, outcome in numbered])
         ax.invert_yaxis()
         ax.margins(x=0.12)
         ax.set_xlabel("milliseconds")

@@ -72,6 +72,11 @@ class Change:
         return bool(lost_agents & set(fault.agents) or gone & set(fault.holders))
 
     @property
+    def workers(self) -> int:
+        """How many ranks the view has."""
+        return sum(len(member.holders) for member in self.members)
+
+    @property
     def lost(self) -> str:
         """What went, in words: `node2 (2 workers), 1 worker of node0`."""
         return _words(self.lost_members, self.lost_workers)
@@ -84,9 +89,13 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """How the ranks of one generation took up the work: `phases` in ms, `rungs` in bytes."""
+    """How the ranks of one generation took up the work: `phases` in ms, `rungs` in bytes.
+
+    ranks: how many have told so; fewer than the view has workers where another fault came between.
+    """
 
     generation: int
+    ranks: int
     step: int
     redone: int
     phases: Mapping[str, float]
@@ -246,6 +255,7 @@ def find_recoveries(events: Sequence[Event]) -> tuple[Recovery, ...]:
     return tuple(
         Recovery(
             generation=generation,
+            ranks=len({event.get("rank") for event in told}),
             step=max(int(event["step"]) for event in told),
             redone=max(int(event["redone"]) for event in told),
             phases=_slowest(event["phases"] for event in told),
