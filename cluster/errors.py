@@ -28,5 +28,4 @@ class StateLost(OutlastError):
 
 
 class Misuse(OutlastError):
-    """The script or the command line asks for something that cannot work; says what to do instead.
-    """
+    """The script or the command line asks for what cannot work; says what to do instead."""

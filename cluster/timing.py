@@ -10,108 +10,58 @@ from dataclasses import dataclass
 from outlast.cluster.errors import Misuse
 
 
+class Beats:
+    """A duration of so many heartbeats, in seconds when read from a `Timing`."""
+
+    def __init__(self, count: float) -> None:
+        self.count = count
+
+    def __get__(self, timing: "Timing", owner: type | None = None) -> float:
+        return self.count * timing.heartbeat_s
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
     """All waits in seconds; `heartbeat_s` is how often an agent says that it is alive."""
 
     heartbeat_s: float = 0.5
 
+    # How often a machine is told the time: a fraction, so that deadlines fire close to on time.
+    tick_s = Beats(0.2)
+    # A gap between own ticks beyond this: this process was starved, nobody else is to blame.
+    late_tick_s = Beats(1.2)
+    # Silence that makes a peer suspect: healthy ones on a loaded machine were up to 1 s late.
+    silence_s = Beats(4)
+    # Silence of a process that still burns CPU: no kernel launch or page-in takes this long.
+    busy_silence_s = Beats(40)
+
+    # One dial of a control address: a live host answers in milliseconds, a dead one never.
+    connect_s = Beats(2)
+    # From a connection to its first authenticated frame: a stranger holds a slot no longer.
+    handshake_s = Beats(4)
+    # With a quorum of promises there, the wait for the rest: a false suspect can still answer.
+    promise_s = Beats(0.5)
+    # An undecided proposal starts over with a higher ballot: more than `promise_s` + round trips.
+    retry_s = Beats(2)
+
+    # With the fewest nodes there, the founder waits for more: nodes of one job start apart.
+    last_call_s = Beats(10)
+    # A newcomer that finds the job full gives up: a predecessor's death is noticed long before.
+    full_s = Beats(12)
+    # A member without a quorum gives up: longer than a lost link and its redial.
+    no_quorum_s = Beats(12)
+    # A search for a job that nobody has founded: nodes of one allocation boot minutes apart.
+    join_s = Beats(600)
+
+    # Building the groups of a generation: a peer that dies meanwhile shows only like this.
+    rebuild_s = Beats(10)
+    # Slices of a wait for a collective: how late an abort is noticed at worst.
+    poll_s = Beats(0.04)
+    # A collective among peers that are all called alive: longer than any silence.
+    collective_s = Beats(80)
+    # From SIGTERM to SIGKILL for a worker; schedulers commonly give 30 s in all.
+    grace_s = Beats(50)
+
     def __post_init__(self) -> None:
         if not 0.01 <= self.heartbeat_s <= 60:
-            raise Misuse(f"heartbeat of {self.heartbeat_s} s: choose 0.01 to 60 s")
-
-    @property
-    def tick_s(self) -> float:
-        """How often a machine is told the time: a fraction of the heartbeat, so that deadlines
-        fire close to on time."""
-        return self.heartbeat_s / 5
-
-    @property
-    def silence_s(self) -> float:
-        """Silence after which a peer is suspect: healthy agents on an overloaded machine were
-        measured up to 1 s late."""
-        return 4 * self.heartbeat_s
-
-    @property
-    def busy_silence_s(self) -> float:
-        """Silence after which even a process that still burns CPU is lost: it is in a loop, not in
-        a long kernel."""
-        return 10 * self.silence_s
-
-    @property
-    def late_tick_s(self) -> float:
-        """Gap between own ticks beyond which this process was starved itself and nobody else is to
-        blame."""
-        return self.tick_s + self.heartbeat_s
-
-    @property
-    def connect_s(self) -> float:
-        """One dial of a control address: a live host answers in milliseconds, a dead one does not
-        answer at all."""
-        return 2 * self.heartbeat_s
-
-    @property
-    def handshake_s(self) -> float:
-        """From an accepted connection to its first authenticated frame; a stranger holds a slot no
-        longer than this."""
-        return 4 * self.heartbeat_s
-
-    @property
-    def promise_s(self) -> float:
-        """How long a proposer with a quorum of promises waits for the other live members: so that
-        a false suspect can answer."""
-        return self.heartbeat_s / 2
-
-    @property
-    def retry_s(self) -> float:
-        """A proposal that is not decided by then starts over with a higher ballot; must exceed
-        `promise_s` plus a round trip."""
-        return 2 * self.heartbeat_s
-
-    @property
-    def last_call_s(self) -> float:
-        """With the minimum of nodes there, how long the founder waits for more: longer than nodes
-        of one job start apart."""
-        return 10 * self.heartbeat_s
-
-    @property
-    def full_s(self) -> float:
-        """How long a newcomer finds the job full before it gives up: a predecessor's death is
-        noticed well within this."""
-        return 2 * self.silence_s
-
-    @property
-    def no_quorum_s(self) -> float:
-        """How long a member outlives the loss of its quorum: longer than a link flap plus a
-        redial, shorter than a meeting."""
-        return 3 * self.silence_s
-
-    @property
-    def join_s(self) -> float:
-        """How long an agent looks for a job that nobody has founded yet: nodes of one allocation
-        start minutes apart."""
-        return 600 * self.heartbeat_s
-
-    @property
-    def rebuild_s(self) -> float:
-        """Building the process group of a generation: a peer that dies meanwhile shows only as
-        this deadline."""
-        return 10 * self.heartbeat_s
-
-    @property
-    def poll_s(self) -> float:
-        """Slice in which a wait for a collective looks at the generation: an abort is noticed this
-        fast at worst."""
-        return self.heartbeat_s / 25
-
-    @property
-    def collective_s(self) -> float:
-        """A collective whose peers are all called alive: longer than any silence, so the agents
-        decide first."""
-        return 2 * self.busy_silence_s
-
-    @property
-    def grace_s(self) -> float:
-        """From SIGTERM to SIGKILL for a worker: time to write what it holds; schedulers commonly
-        give 30 s in all."""
-        return 50 * self.heartbeat_s
+            raise Misuse(f"a heartbeat of {self.heartbeat_s} s: choose 0.01 to 60 s")

@@ -1,0 +1,108 @@
+"""What an agent knows of the others: links, self-descriptions, and addresses of the lost.
+
+Nothing here is agreed; it is the local knowledge from which a proposer makes the next view. Its
+size is bounded by the links, the view, and `LOST_MAX`.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from outlast.cluster.view import Member, View
+
+LOST_MAX = 64
+
+Address = tuple[str, int]
+
+
+@dataclass(slots=True)
+class Peer:
+    """Another agent: whether it is linked, what it says of itself, whether it wants to be in."""
+
+    connected: bool = False
+    member: Member | None = None
+    wants: bool = False
+
+
+class Roster:
+    """The knowledge of the agent that describes itself as `me`."""
+
+    def __init__(self, me: Member) -> None:
+        self.me = me
+        self.wants = False  # whether this agent wants to be in the view
+        self.peers: dict[str, Peer] = {}
+        self.lost: dict[Address, None] = {}  # where nodes that left a view may come back
+
+    def description(self) -> dict[str, Any]:
+        """The message by which this agent describes itself."""
+        return {"kind": "describe", "member": self.me.as_json(), "wants": self.wants}
+
+    def connected(self) -> list[str]:
+        """The linked agents."""
+        return [agent for agent, peer in self.peers.items() if peer.connected]
+
+    def gone(self, agent: str, view: View | None) -> None:
+        """The link is down; members of the view are remembered."""
+        peer = self.peers.get(agent)
+        if peer is not None:
+            peer.connected = peer.wants = False
+            if view is None or agent not in view.agents:
+                del self.peers[agent]
+
+    def finished(self, agent: str) -> bool:
+        """Whether this agent's work is done, so that its absence is no loss."""
+        peer = self.peers.get(agent)
+        return peer is not None and peer.member is not None and peer.member.finished
+
+    def wanted(self, view: View, suspects: Collection[str], room: int) -> tuple[Member, ...]:
+        """The members as they should be, at most `room`: those not lost, as they describe
+        themselves, then those that want in."""
+        kept = [
+            self._latest(member)
+            for member in view.members
+            if member.agent not in suspects or self.finished(member.agent)
+        ]
+        asking = [
+            m for m in self._there() if m.agent not in view.agents and self.peers[m.agent].wants
+        ]
+        return (*kept, *asking[: max(0, room - len(kept))])
+
+    def first(self, room: int) -> tuple[Member, ...]:
+        """This agent and all who are there, at most `room`."""
+        return (self.me, *self._there())[:room]
+
+    def enter(self, before: View | None, view: View) -> None:
+        """A view was learnt: forget whom it does not need, remember where the lost were."""
+        for member in before.members if before else ():
+            self.lost[(member.host, member.port)] = None
+        for member in view.members:
+            self.lost.pop((member.host, member.port), None)
+        for address in list(self.lost)[:-LOST_MAX]:
+            del self.lost[address]
+        self.peers = {a: p for a, p in self.peers.items() if p.connected or a in view.agents}
+
+    def missing(self, members: Collection[Member]) -> Iterator[Address]:
+        """The addresses of those of the members that are not linked."""
+        for member in members:
+            peer = self.peers.get(member.agent)
+            address = (member.host, member.port)
+            if (peer is None or not peer.connected) and not self._taken(address):
+                yield address
+
+    def absent(self) -> Iterator[Address]:
+        """The addresses of the lost where nobody is known to be."""
+        return (address for address in self.lost if not self._taken(address))
+
+    def _taken(self, address: Address) -> bool:
+        linked = [p.member for p in self.peers.values() if p.connected and p.member is not None]
+        return any(address == (m.host, m.port) for m in [self.me, *linked])
+
+    def _there(self) -> list[Member]:
+        there = [p.member for p in self.peers.values() if p.connected and p.member is not None]
+        return sorted(there, key=lambda member: (member.node, member.agent))
+
+    def _latest(self, member: Member) -> Member:
+        if member.agent == self.me.agent:
+            return self.me
+        peer = self.peers.get(member.agent)
+        return peer.member if peer is not None and peer.member is not None else member
