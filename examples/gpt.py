@@ -52,12 +52,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Float [batch, length, width] to the same shape."""
         batch, length, width = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.dropout(self.out(seen.transpose(1, 2).reshape(batch, length, width)))
-        return x + self.dropout(self.down(F.gelu(self.up(self.feed_norm(x)))))
+        fed: torch.Tensor = self.dropout(self.down(F.gelu(self.up(self.feed_norm(x)))))
+        return x + fed
 
 
 class GPT(nn.Module):
@@ -72,9 +74,9 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, BYTES, bias=False)
         self.apply(self._initialise)
-        for block in self.blocks:
-            for layer in (block.out, block.down):  # the stream's variance must not grow with depth
-                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * config.layers))
+        for name, weight in self.named_parameters():
+            if name.endswith(("out.weight", "down.weight")):  # depth must not swell the stream
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.layers))
 
     @staticmethod
     def _initialise(module: nn.Module) -> None:
@@ -84,11 +86,13 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
+        """Logits of the byte after each byte of `text`."""
         x = self.embedding(text) + self.position.weight[: text.shape[1]]
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
 
 
 def loss_fn(model: nn.Module, batch: Batch) -> torch.Tensor:

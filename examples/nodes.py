@@ -97,8 +97,8 @@ class Nodes:
 
 
 def outlast(*arguments: str) -> list[str]:
-    """The command line of outlast in this Python."""
-    return [sys.executable, "-m", "outlast.launch.cli", *arguments]
+    """The command line of the outlast that is installed beside this Python."""
+    return [str(Path(sys.executable).with_name("outlast")), *arguments]
 
 
 def _tree(pid: int) -> list[psutil.Process]:
@@ -120,14 +120,14 @@ def _kill_all(processes: Sequence[psutil.Process]) -> None:
 
 def _runs(process: psutil.Process, script: str) -> bool:
     try:
-        return script in process.cmdline() and "outlast.launch.cli" not in process.cmdline()
+        return script in process.cmdline()
     except psutil.NoSuchProcess:
         return False
 
 
 def _created(process: psutil.Process) -> float:
     try:
-        return process.create_time()
+        return float(process.create_time())
     except psutil.NoSuchProcess:
         return float("inf")
 
