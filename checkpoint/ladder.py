@@ -1,0 +1,299 @@
+"""The recovery ladder: from what the survivors still have to where every lost run comes from.
+
+`decide` is a pure function of the survivors' reports, so every rank computes the same recovery without asking anybody.
+It takes the newest step of which every element can be had, each lost run from the first rung that has it:
+
+    replica   a live worker's own slot holds it
+    memory    the worker is dead, its node's agent still has the slot
+    parity    at most m members of the stripe are gone
+
+and refuses, by name, what no rung has. All rungs are exact: determinism makes all copies of a step equal, so copies of
+different generations may be mixed.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from outlast.checkpoint.parity import stream_bytes, stream_parts
+from outlast.checkpoint.records import ParityRecord, Report, SlotSource, StateShape
+from outlast.cluster.errors import StateLost
+from outlast.layout.layout import Layout, deal, replicate, settle
+from outlast.layout.plan import plan
+from outlast.layout.run import Run, intersect, numel, subtract, union
+from outlast.layout.space import Space
+from outlast.layout.stripe import Piece, Stripe, stripes
+
+_MEMORY = 1 << 48  # holders of a plan: ranks below, memories of dead workers above
+
+
+class Rung(StrEnum):
+    """Where a transferred run comes from."""
+
+    REPLICA = "replica"
+    MEMORY = "memory"
+    PARITY = "parity"
+    HEAL = "heal"  # nothing was lost: a joiner takes its share
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """All roles of `run`, from slot `source` that rank `src` can read, to rank `dst`."""
+
+    rung: Rung
+    src: int
+    source: int
+    dst: int
+    run: Run
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes of one role that rank `src` reads from its slot `source` for a decoder."""
+
+    src: int
+    source: int
+    role: str
+    run: Run
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Rebuild one data unit of a stripe at rank `decoder` and send it to its new owners.
+
+    Args:
+        unit: (parity source of the decoder, stripe, row).
+        inputs: the parts of every other data unit, in stream order.
+        lost: (role, run) of the lost unit, in stream order.
+        outputs: (rank, role, run): what of it goes where.
+    """
+
+    decoder: int
+    unit: tuple[int, int, int]
+    length: int
+    inputs: tuple[tuple[Part, ...], ...]
+    lost: tuple[tuple[str, Run], ...]
+    outputs: tuple[tuple[int, str, Run], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What every rank does next. `step` counts committed steps; `fresh` means nothing is stored yet."""
+
+    step: int
+    layout: Layout
+    fresh: bool = False
+    transfers: tuple[Transfer, ...] = ()
+    decodes: tuple[Decode, ...] = ()
+    losses: tuple[float, ...] = ()
+    scalars: dict[str, float] = field(default_factory=dict)
+
+    def rungs(self, shape: StateShape) -> dict[str, int]:
+        """Bytes that each rung supplied."""
+        total: dict[str, int] = {}
+        for move in self.transfers:
+            total[move.rung] = total.get(move.rung, 0) + move.run.numel * shape.element_bytes
+        sizes = {role.name: role.itemsize for role in shape.roles}
+        for decode in self.decodes:
+            size = sum(run.numel * sizes[role] for _, role, run in decode.outputs)
+            total[Rung.PARITY] = total.get(Rung.PARITY, 0) + size
+        return {str(rung): size for rung, size in total.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """What does not change during a job: the space, the grain, the shape of a slot, the ZeRO stage."""
+
+    space: Space
+    shape: StateShape
+    grain: int
+    replicated: bool
+
+    def initial(self, holders: Sequence[int]) -> Layout:
+        """Layout of a job that starts on `holders`."""
+        if self.replicated:
+            return replicate(self.space, holders)
+        return deal(self.space, holders, self.grain)
+
+    def decide(self, reports: Sequence[Report]) -> Recovery:
+        """The newest step that can be restored, and how.
+
+        Args:
+            reports: one per rank of the new generation, in rank order.
+        Raises:
+            StateLost: no step is whole; says what is missing of the newest one.
+        """
+        steps = sorted({slot.step for report in reports for slot in report.slots}, reverse=True)
+        reasons = []
+        for step in steps:
+            attempt = _Attempt(self, reports, step)
+            recovery = attempt.recovery()
+            if recovery is not None:
+                return recovery
+            reasons.append(attempt.refusal())
+        if all(report.initial for report in reports):
+            return Recovery(0, self.initial([report.holder for report in reports]), fresh=True)
+        raise StateLost("; ".join(reasons) or "no survivor holds any state")
+
+
+class _Attempt:
+    """One candidate step: what is held, what is missing, what parity gives back."""
+
+    def __init__(self, ladder: Ladder, reports: Sequence[Report], step: int) -> None:
+        self.ladder, self.reports, self.step = ladder, reports, step
+        self.sources: dict[int, tuple[int, int, SlotSource]] = {}
+        for report in reports:
+            for index, slot in enumerate(report.slots):
+                if slot.step == step:
+                    key = report.rank if slot.own else _MEMORY + len(self.sources)
+                    self.sources[key] = (report.rank, index, slot)
+        self.owned = {k: s.owned for k, (_, _, s) in self.sources.items() if s.own}
+        self.layout = self._target()
+        self.wanted = Layout.of({r.rank: self.layout.runs(r.holder) for r in reports})
+        self.held = Layout.of({key: slot.held for key, (_, _, slot) in self.sources.items()})
+        self.plan = plan(self.held, self.wanted)
+        self.missing = {dst: runs for dst, runs in self.plan.missing if runs}
+        self.decodes = tuple(self._decodes()) if self.missing else ()
+
+    def _target(self) -> Layout:
+        holders = [report.holder for report in self.reports]
+        if self.ladder.replicated:
+            return replicate(self.ladder.space, holders)
+        claims = [
+            (slot.generation, slot.holder, slot.owned)
+            for _, _, slot in self.sources.values()
+            if slot.own
+        ]
+        return settle(claims, holders, self.ladder.space, self.ladder.grain)
+
+    def recovery(self) -> Recovery | None:
+        """The recovery to this step, or None where something is still missing."""
+        if self._unrecovered() or not self.sources:
+            return None
+        slots = [slot for _, _, slot in self.sources.values()]
+        return Recovery(
+            step=self.step,
+            layout=self.layout,
+            transfers=tuple(self._transfers()),
+            decodes=self.decodes,
+            losses=slots[0].losses,
+            scalars=next((slot.scalars for slot in slots if slot.scalars), {}),
+        )
+
+    def refusal(self) -> str:
+        """What this step lacks, by tensor."""
+        runs = self._unrecovered()
+        names = self.ladder.space.names(runs)
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return f"step {self.step}: {numel(runs)} elements are in no memory or parity ({shown})"
+
+    def _unrecovered(self) -> tuple[Run, ...]:
+        gone: tuple[Run, ...] = ()
+        for dst, runs in self.missing.items():
+            for role in self.ladder.shape.roles:
+                found = [
+                    run for d in self.decodes for to, r, run in d.outputs if (to, r) == (dst, role.name)
+                ]
+                gone = union(gone, subtract(runs, found))
+        return gone
+
+    def _transfers(self) -> Iterator[Transfer]:
+        live = union((), [run for runs in self.owned.values() for run in runs])
+        for move in self.plan:
+            rank, index, slot = self.sources[move.src]
+            if not slot.own:
+                rung = Rung.MEMORY
+            elif self.ladder.replicated or not subtract([move.run], live):
+                rung = Rung.HEAL
+            else:
+                rung = Rung.REPLICA
+            yield Transfer(rung, rank, index, move.dst, move.run)
+
+    def _decodes(self) -> Iterator[Decode]:
+        """Decodes of the missing runs, records of newer generations first."""
+        found: dict[tuple[int, str], list[Run]] = {}
+        records: dict[int, ParityRecord] = {}
+        units: dict[tuple[int, int, int], tuple[int, int]] = {}
+        for report in self.reports:
+            for index, source in enumerate(report.parity):
+                if source.record.step == self.step:
+                    records[source.record.generation] = source.record
+                    for unit in source.record.units:
+                        key = (source.record.generation, unit.stripe, unit.row)
+                        units.setdefault(key, (report.rank, index))
+        for generation in sorted(records, reverse=True):
+            record = records[generation]
+            old = Layout.from_json(record.layout)
+            for stripe in record_stripes(self.ladder.shape, record):
+                at = units.get((generation, stripe.index, 0))
+                decode = at and self._decode(stripe, old, at, found)
+                if decode:
+                    for dst, role, run in decode.outputs:
+                        found.setdefault((dst, role), []).append(run)
+                    yield decode
+
+    def _decode(
+        self,
+        stripe: Stripe,
+        old: Layout,
+        at: tuple[int, int],
+        found: Mapping[tuple[int, str], list[Run]],
+    ) -> Decode | None:
+        """Decode of one stripe if it gives back something and only one of its units is gone."""
+        inputs, lost = [], []
+        for piece in stripe.data:
+            parts = tuple(self._parts(piece, old))
+            sources = self._locate(parts)
+            if sources is None:
+                lost.append(parts)
+            else:
+                inputs.append(sources)
+        if len(lost) != 1:
+            return None
+        outputs = tuple(
+            (dst, role, piece)
+            for dst, runs in self.missing.items()
+            for role, run in lost[0]
+            for piece in subtract(intersect([run], runs), found.get((dst, role), []))
+        )
+        if not outputs:
+            return None
+        rank, index = at
+        unit = (index, stripe.index, 0)
+        return Decode(rank, unit, stripe.length, tuple(inputs), lost[0], outputs)
+
+    def _parts(self, piece: Piece, old: Layout) -> Iterator[tuple[str, Run]]:
+        runs = old.runs(piece.holder)
+        return stream_parts(self.ladder.shape, runs, piece.start, piece.stop)
+
+    def _locate(self, parts: Sequence[tuple[str, Run]]) -> tuple[Part, ...] | None:
+        """Who reads the parts, in order; None if some element is nowhere."""
+        located: list[Part] = []
+        for role, run in parts:
+            rest: tuple[Run, ...] = (run,)
+            pieces = []
+            for key in self.sources:
+                rank, index, _ = self.sources[key]
+                got = intersect(rest, self.held.runs(key))
+                pieces += [Part(rank, index, role, piece) for piece in got]
+                rest = subtract(rest, got)
+                if not rest:
+                    break
+            if rest:
+                return None
+            located += sorted(pieces, key=lambda part: part.run.start)
+        return tuple(located)
+
+
+def record_stripes(shape: StateShape, record: ParityRecord) -> tuple[Stripe, ...]:
+    """Stripes under which `record` was encoded."""
+    layout = Layout.from_json(record.layout)
+    return layout_stripes(shape, layout, {int(h): node for h, node in record.domains.items()})
+
+
+def layout_stripes(
+    shape: StateShape, layout: Layout, domains: Mapping[int, str]
+) -> tuple[Stripe, ...]:
+    """Stripes that protect `layout`, its holders lying in `domains`; one parity unit each."""
+    sizes = {h: stream_bytes(shape, layout.runs(h)) for h in layout.holders}
+    return stripes(sizes, {h: domains[h] for h in layout.holders}, m=1)

@@ -1,0 +1,226 @@
+"""The state of one worker in two slots of memory that outlives the worker.
+
+The memory is a memfd that the node's agent creates and keeps, so a worker that dies leaves it whole. It is laid out by
+address: element `a` of role `r` always lies at `base(half, r) + a * itemsize`, whoever owns it. The file is as long as
+the whole model and sparse, so that only owned runs cost memory, runs change hands without moving what stays, and a
+reader needs no table to find an element.
+
+[Note: two halves] A step is written into the half that does not hold the previous step, and becomes real by one commit
+marker: an odd sequence number while the half is written, the next even one when it is whole, together with a record
+(step, generation, runs, checksums) that carries its own checksum. A worker killed at any instant leaves the other half
+committed. Parity units of other workers live in two halves of their own, by the same rule.
+"""
+
+import json
+import mmap
+import os
+import struct
+from collections.abc import Iterable
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from outlast.checkpoint.records import ParityRecord, Role, SlotRecord, StateShape, pack_runs
+from outlast.cluster.errors import Corrupt, Misuse
+from outlast.layout.run import Run
+
+Bytes = NDArray[np.uint8]
+
+_PAGE = 4096
+_RECORD_BYTES = 4 << 20  # sparse: only what a record needs is ever touched
+_MARKER = struct.Struct("<QQQ")  # sequence, length of the record, checksum of the record
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14: map and touch in one call
+HALVES = (0, 1)
+
+
+class _Marked:
+    """A commit marker and its record in one region of the mapping."""
+
+    def __init__(self, region: memoryview) -> None:
+        self._region = region
+
+    def begin(self) -> None:
+        """Make the half invalid before its first byte changes."""
+        sequence, _, _ = _MARKER.unpack_from(self._region)
+        struct.pack_into("<Q", self._region, 0, sequence | 1)
+
+    def commit(self, fields: dict[str, object]) -> None:
+        """Publish the half with its record; the marker is written last."""
+        body = json.dumps(fields, separators=(",", ":")).encode()
+        if len(body) > len(self._region) - _MARKER.size:
+            raise Misuse("the layout is too fragmented for its record: use larger grains")
+        self._region[_MARKER.size : _MARKER.size + len(body)] = body
+        sequence, _, _ = _MARKER.unpack_from(self._region)
+        checksum = xxhash.xxh3_64_intdigest(body)
+        struct.pack_into("<QQ", self._region, 8, len(body), checksum)
+        struct.pack_into("<Q", self._region, 0, (sequence | 1) + 1)
+
+    def read(self) -> dict[str, object] | None:
+        """The record if the half is committed and its record is whole."""
+        sequence, length, checksum = _MARKER.unpack_from(self._region)
+        if sequence == 0 or sequence & 1 or length > len(self._region) - _MARKER.size:
+            return None
+        body = bytes(self._region[_MARKER.size : _MARKER.size + length])
+        if xxhash.xxh3_64_intdigest(body) != checksum:
+            return None
+        fields: dict[str, object] = json.loads(body)
+        return fields
+
+
+def memory_bytes(shape: StateShape) -> int:
+    """Length of the sparse file: two halves of state, two of parity at its largest, the records."""
+    half = sum(_pages(shape.numel * role.itemsize) for role in shape.roles)
+    return 4 * _RECORD_BYTES + 4 * half
+
+
+def _pages(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE
+
+
+class StateMemory:
+    """Both halves of state and of parity of one worker, mapped from the memfd `fd`.
+
+    Args:
+        fd: file of `memory_bytes(shape)` bytes; the caller keeps or closes it, the mapping stays.
+        shape: what a slot holds; the same on all workers of a job.
+    """
+
+    def __init__(self, fd: int, shape: StateShape) -> None:
+        size = memory_bytes(shape)
+        if os.fstat(fd).st_size < size:
+            raise Corrupt(f"state memory has {os.fstat(fd).st_size} bytes, expected {size}")
+        self.shape = shape
+        self._fd = os.dup(fd)
+        self._map = mmap.mmap(self._fd, size)
+        self._bytes: Bytes = np.frombuffer(self._map, dtype=np.uint8)
+        view = memoryview(self._map)
+        self._marks = [
+            _Marked(view[i * _RECORD_BYTES : (i + 1) * _RECORD_BYTES]) for i in range(4)
+        ]
+        self._base: dict[tuple[int, str], int] = {}
+        offset = 4 * _RECORD_BYTES
+        for half in HALVES:
+            for role in shape.roles:
+                self._base[half, role.name] = offset
+                offset += _pages(shape.numel * role.itemsize)
+        self._parity_size = (size - offset) // 2
+        self._parity_base = (offset, offset + self._parity_size)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    def array(self, half: int, role: Role) -> Bytes:
+        """uint8 [numel * itemsize] of one role, the whole address space, sparse."""
+        base = self._base[half, role.name]
+        return self._bytes[base : base + self.shape.numel * role.itemsize]
+
+    def run_bytes(self, half: int, role: Role, run: Run) -> Bytes:
+        """uint8 view of one plain run of one role."""
+        return self.array(half, role)[run.start * role.itemsize : run.stop * role.itemsize]
+
+    def parity(self, half: int, size: int) -> Bytes:
+        """uint8 [size] view of a parity half."""
+        assert size <= self._parity_size, "parity is never larger than the state"
+        return self._bytes[self._parity_base[half] : self._parity_base[half] + size]
+
+    def reserve(self, runs: Iterable[Run]) -> None:
+        """Allocate and touch the pages of `runs` in both halves, so that no step pays for it.
+
+        Raises:
+            Misuse: the node has not enough memory.
+        """
+        for half in HALVES:
+            for role in self.shape.roles:
+                for run in runs:
+                    begin = self._base[half, role.name] + run.start * role.itemsize
+                    begin -= begin % _PAGE
+                    end = self._base[half, role.name] + run.stop * role.itemsize
+                    self._allocate(begin, _pages(end - begin))
+
+    def reserve_parity(self, size: int) -> None:
+        """Allocate `size` bytes in both parity halves."""
+        for base in self._parity_base:
+            if size:
+                self._allocate(base, _pages(size))
+
+    def _allocate(self, begin: int, length: int) -> None:
+        try:
+            os.posix_fallocate(self._fd, begin, length)
+        except OSError as cause:
+            raise Misuse(
+                f"no memory for {length / 2**20:.1f} MiB of snapshot on this node ({cause.strerror}): "
+                "free memory, raise the limit of the job, or use more nodes or ZeRO 1 or 2"
+            ) from cause
+        try:
+            self._map.madvise(_POPULATE_WRITE, begin, length)
+        except OSError:
+            return  # an older kernel: the first step takes the page faults instead
+
+    def trim(self, runs: tuple[Run, ...]) -> None:
+        """Give back the whole pages of both halves that lie outside `runs`."""
+        for half in HALVES:
+            for role in self.shape.roles:
+                base, size = self._base[half, role.name], self.shape.numel * role.itemsize
+                edges = [0, *(x * role.itemsize for p in pack_runs(runs) for x in p), size]
+                for begin, end in zip(edges[::2], edges[1::2], strict=True):
+                    first, last = _pages(base + begin), (base + end) // _PAGE * _PAGE
+                    if last > first:
+                        self._map.madvise(mmap.MADV_REMOVE, first, last - first)
+
+    def begin(self, half: int) -> None:
+        """See [Note: two halves]; called before the first byte of a half changes."""
+        self._marks[half].begin()
+
+    def commit(self, half: int, record: SlotRecord) -> None:
+        """Publish a half of state."""
+        self._marks[half].commit(record.as_json())
+
+    def record(self, half: int) -> SlotRecord | None:
+        """Record of a committed half, or None."""
+        fields = self._marks[half].read()
+        return None if fields is None else SlotRecord.from_json(fields)
+
+    def half_of(self, step: int) -> int | None:
+        """Half that holds `step`, or None."""
+        for half in HALVES:
+            record = self.record(half)
+            if record is not None and record.step == step:
+                return half
+        return None
+
+    def begin_parity(self, half: int) -> None:
+        """Called before the first byte of a parity half changes."""
+        self._marks[2 + half].begin()
+
+    def commit_parity(self, half: int, record: ParityRecord) -> None:
+        """Publish a half of parity."""
+        self._marks[2 + half].commit(record.as_json())
+
+    def parity_record(self, half: int) -> ParityRecord | None:
+        """Record of a committed half of parity, or None."""
+        fields = self._marks[2 + half].read()
+        return None if fields is None else ParityRecord.from_json(fields)
+
+    def sums(self, half: int, runs: Iterable[Run]) -> dict[str, list[int]]:
+        """Checksums of `runs` per role, in order."""
+        plain = list(runs)
+        return {
+            role.name: [checksum(self.run_bytes(half, role, run)) for run in plain]
+            for role in self.shape.roles
+        }
+
+    def torn(self, half: int, record: SlotRecord) -> list[tuple[str, Run]]:
+        """(role, run) of `record` whose bytes do not match their checksum."""
+        return [
+            (role.name, run)
+            for role in self.shape.roles
+            for run, expected in zip(record.held, record.sums[role.name], strict=True)
+            if checksum(self.run_bytes(half, role, run)) != expected
+        ]
+
+
+def checksum(data: Bytes | bytes) -> int:
+    """xxh3-64 of contiguous bytes."""
+    return xxhash.xxh3_64_intdigest(data)

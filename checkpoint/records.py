@@ -1,0 +1,183 @@
+"""What a slot, a parity half and a survivor say about themselves, as plain values.
+
+These records travel through shared memory and between ranks as JSON, so everything here is a number, a string, or a list
+of them; runs are written as pairs [start, stop).
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from outlast.layout.run import Run, canonical
+
+
+def pack_runs(runs: Iterable[Run]) -> list[tuple[int, int]]:
+    """Plain intervals of `runs` as pairs for a record."""
+    return [pair for run in runs for pair in run.intervals()]
+
+
+def unpack_runs(pairs: Iterable[tuple[int, int]]) -> tuple[Run, ...]:
+    """Inverse of `pack_runs`."""
+    return tuple(Run.of(start, stop) for start, stop in pairs)
+
+
+def plain_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """Canonical plain intervals of `runs`, the form slots and plans between ranks use."""
+    return canonical(Run.of(start, stop) for run in runs for start, stop in run.intervals())
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """One array over the whole address space, such as exp_avg."""
+
+    name: str
+    dtype: str
+    itemsize: int
+
+
+@dataclass(frozen=True, slots=True)
+class StateShape:
+    """What a slot holds: `roles` of `numel` elements each; `fingerprint` names the model."""
+
+    fingerprint: str
+    numel: int
+    roles: tuple[Role, ...]
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of state per element of the model."""
+        return sum(role.itemsize for role in self.roles)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRecord:
+    """What a committed half holds. `held` may exceed `owned` until the next parity is complete."""
+
+    step: int
+    generation: int
+    owned: tuple[Run, ...]
+    held: tuple[Run, ...]
+    sums: dict[str, list[int]]  # role -> xxh3-64 of each run of `held`
+    scalars: dict[str, float]  # optimizer state that is one number for all elements
+    losses: list[float]  # loss of each leaf of the step
+
+    def as_json(self) -> dict[str, Any]:
+        packed = {"owned": pack_runs(self.owned), "held": pack_runs(self.held)}
+        return asdict(self) | packed
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> "SlotRecord":
+        runs = {key: unpack_runs(fields[key]) for key in ("owned", "held")}
+        return SlotRecord(**(fields | runs))
+
+
+@dataclass(frozen=True, slots=True)
+class ParityUnit:
+    """Unit `row` of the parity of one stripe: `length` bytes at `offset` of the parity half."""
+
+    stripe: int
+    row: int
+    offset: int
+    length: int
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParityRecord:
+    """Parity of `step` under the layout and the failure domains it was encoded with."""
+
+    step: int
+    generation: int
+    layout: dict[str, Any]
+    domains: dict[str, str]
+    units: tuple[ParityUnit, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> "ParityRecord":
+        units = tuple(ParityUnit(**unit) for unit in fields["units"])
+        return ParityRecord(**(fields | {"units": units}))
+
+
+@dataclass(frozen=True, slots=True)
+class SlotSource:
+    """A verified half that a rank can read: its own (`own`) or one of a dead worker of its node."""
+
+    own: bool
+    holder: int
+    step: int
+    generation: int
+    owned: tuple[Run, ...]
+    held: tuple[Run, ...]
+    scalars: dict[str, float]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ParitySource:
+    """Verified parity units that a rank can read."""
+
+    own: bool
+    record: ParityRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one rank of a new generation brings along.
+
+    Args:
+        done: newest committed step of which it has gathered all parameters, -1 for a joiner.
+        initial: it has not trained yet; its parameters are those of the script.
+        nodes: finished nodes of the leaf tree of step index `nodes_step`.
+        losses: leaf -> loss of the leaves under `nodes`.
+        weight: relative speed for dealing leaves.
+        model: fingerprint of the model and of its initial values.
+        numerics: what else decides the bits, see `runtime.determinism`.
+    """
+
+    rank: int
+    holder: int
+    node: str
+    done: int
+    initial: bool
+    nodes_step: int
+    nodes: tuple[tuple[int, int], ...]
+    losses: dict[int, float]
+    weight: float
+    model: str
+    numerics: str
+    slots: tuple[SlotSource, ...]
+    parity: tuple[ParitySource, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        slots = [
+            asdict(slot) | {"owned": pack_runs(slot.owned), "held": pack_runs(slot.held)}
+            for slot in self.slots
+        ]
+        return asdict(self) | {"slots": slots}
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> "Report":
+        slots = tuple(
+            SlotSource(
+                **(
+                    slot
+                    | {key: unpack_runs(slot[key]) for key in ("owned", "held")}
+                    | {"losses": tuple(slot["losses"])}
+                )
+            )
+            for slot in fields["slots"]
+        )
+        parity = tuple(
+            ParitySource(source["own"], ParityRecord.from_json(source["record"]))
+            for source in fields["parity"]
+        )
+        changed = {
+            "slots": slots,
+            "parity": parity,
+            "nodes": tuple((level, index) for level, index in fields["nodes"]),
+            "losses": {int(leaf): loss for leaf, loss in fields["losses"].items()},
+        }
+        return Report(**(fields | changed))

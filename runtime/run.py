@@ -1,0 +1,288 @@
+"""What a training script sees: `init`, `prepare`, `steps`, `log`.
+
+    run = outlast.init(seed=0, leaves=8)
+    model = run.prepare(GPT(config), optimizer=partial(torch.optim.AdamW, lr=3e-4), zero=2)
+    for step in run.steps(1000):
+        with step:
+            for batch in step.batches(data, batch_size=4):
+                step.backward(loss_fn(model, batch))
+        run.log(loss=step.loss)
+
+The body of the loop over batches runs once for each leaf this rank owes. When a peer is lost, the loop simply goes on
+longer: with the leaves of the lost rank, or with those of a step that has to be done again. When it ends, the step is
+committed on every rank.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from outlast.checkpoint.ladder import Ladder
+from outlast.checkpoint.memory import StateMemory, memory_bytes
+from outlast.checkpoint.records import StateShape
+from outlast.cluster.environment import environment
+from outlast.cluster.errors import GenerationChanged, Misuse, PeerLost
+from outlast.runtime import recovery
+from outlast.runtime.determinism import pin, seed_all
+from outlast.runtime.flat_model import FlatModel
+from outlast.runtime.link import AgentLink, Link, SoloLink
+from outlast.runtime.optimizer import (
+    OptimizerFactory,
+    Schedule,
+    ScheduleFactory,
+    ShardOptimizer,
+    discover,
+)
+from outlast.runtime.samples import leaf_seed, samples
+from outlast.runtime.shard_state import role_of, shard_state
+from outlast.runtime.training import Settings, Training
+
+_INTERRUPTED = (GenerationChanged, PeerLost)
+
+
+def init(*, seed: int = 0, leaves: int = 8, weight: float = 1.0, threads: int = 1) -> "Run":
+    """Join the job that `outlast launch` started this process for; alone, be a job of one.
+
+    Args:
+        seed: of the model's initial values, the data order and all random numbers of training.
+        leaves: micro-batches of one step, a power of two, dealt to the ranks whatever their number.
+        weight: relative speed of this rank; a rank of weight 2 gets twice the leaves of one of 1.
+        threads: of torch on this rank; a part of the result, so the same on every rank.
+    """
+    settings = Settings(seed=seed, leaves=leaves, weight=weight)
+    if threads < 1:
+        raise Misuse(f"threads={threads}: use 1 or more")
+    pin(threads)
+    seed_all(seed)
+    found = environment()
+    link: Link = (
+        SoloLink() if found.agent_fd is None else AgentLink(found.agent_fd, found.latch_fd)
+    )
+    return Run(link, settings)
+
+
+class Run:
+    """One rank's handle on its job."""
+
+    def __init__(self, link: Link, settings: Settings) -> None:
+        self._link, self._settings = link, settings
+        self._training: Training | None = None
+        self._fingerprint = ""
+        self._logged = 0  # steps that run.log has seen
+
+    @property
+    def training(self) -> Training:
+        """The engine behind the API."""
+        if self._training is None:
+            raise Misuse("call run.prepare(model, optimizer=...) first")
+        return self._training
+
+    @property
+    def rank(self) -> int:
+        """Rank in the present generation; it changes when the membership does."""
+        return self.training.membership.generation.communicator.rank
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the present generation."""
+        return self.training.membership.generation.communicator.size
+
+    @property
+    def generation(self) -> int:
+        """Number of the present view of the membership."""
+        return self.training.membership.generation.view.generation
+
+    def prepare(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: OptimizerFactory,
+        zero: int = 2,
+        clip: float | None = None,
+        schedule: ScheduleFactory | None = None,
+        dtype: torch.dtype | None = None,
+        grain: int = 4096,
+        parity: bool = True,
+    ) -> nn.Module:
+        """Take over the model's parameters and wait until this rank is part of the job.
+
+        Args:
+            optimizer: parameters -> any element-wise torch.optim optimizer.
+            zero: 0 replicates the optimizer state on every rank, 1 and 2 shard it.
+            clip: limit of the global gradient norm.
+            schedule: step -> factor of the learning rate, or optimizer -> torch LRScheduler.
+            dtype: of the working parameters; bfloat16 keeps a float32 master.
+            grain: elements; shards are cut at multiples of it.
+            parity: protect every step against the loss of a node.
+        Raises:
+            Misuse: the model, the optimizer or a setting cannot work; says what to do.
+            StateLost: this rank joined a job whose state no rung can rebuild.
+        """
+        if self._training is not None:
+            raise Misuse("run.prepare() was called twice: one run trains one model")
+        settings = replace(self._settings, zero=zero, clip=clip, grain=grain, parity=parity)
+        flat = FlatModel(model, dtype)
+        kept = discover(optimizer, flat.device)
+        primary = "param" if flat.dtype == torch.float32 else "master"
+        roles = [role_of(primary, torch.float32), *(role_of(k, d) for k, d in kept.roles.items())]
+        ordered = sorted(roles, key=lambda role: -role.itemsize)  # streams stay aligned
+        ordered.sort(key=lambda role: role.name != primary)
+        shape = StateShape(flat.space.fingerprint(), flat.space.numel, tuple(ordered))
+        descriptor = self._link.allocate(memory_bytes(shape))
+        memory = StateMemory(descriptor, shape)
+        os.close(descriptor)
+        shards = ShardOptimizer(optimizer, kept)
+        self._training = Training(
+            settings,
+            self._link,
+            flat,
+            shards,
+            Schedule(schedule, shards.base_rate),
+            Ladder(flat.space, shape, grain, replicated=zero == 0),
+            shard_state(memory, flat.space, flat.device),
+        )
+        self._fingerprint = flat.fingerprint()
+        self._link.ready(flat.device)
+        recovery.join(self._training, self._fingerprint)
+        return flat.module
+
+    def steps(self, count: int) -> Iterator["Step"]:
+        """The steps up to number `count` that are not committed yet, each until it is.
+
+        A rank that joins a running job starts at the job's step. After the last step all ranks
+        wait for each other, so that none leaves while another may still need its memory.
+        """
+        training = self.training
+        while True:
+            while training.committed < count:
+                step = Step(self, training.committed)
+                yield step
+                if not step.committed:
+                    raise Misuse(
+                        f"step {step.index} was left before it was committed: loop over all of "
+                        "step.batches(...) inside `with step:`"
+                    )
+            try:
+                training.membership.redundancy.finish()
+                training.membership.generation.communicator.gather_bytes(b"")
+            except _INTERRUPTED:
+                self.recover()
+            else:
+                return
+
+    def recover(self) -> None:
+        """Enter the next generation; the runtime calls this by itself."""
+        recovery.join(self.training, self._fingerprint)
+
+    def log(self, **metrics: float) -> None:
+        """Record metrics of the step that was just committed, each step exactly once."""
+        step = self.training.committed
+        if step <= self._logged:
+            return  # a step that was made again: its record exists
+        self._logged = step
+        values = {name: float(value) for name, value in metrics.items()}
+        self._link.send(kind="log", step=step, metrics=values)
+
+    def digest(self) -> str:
+        """sha256 over the parameters and the optimizer state, equal on all ranks; a collective."""
+        while True:
+            digest = hashlib.sha256()
+
+            def use(values: Tensor, into: Any = digest) -> None:
+                into.update(values.contiguous().view(torch.uint8).cpu().numpy().data)
+
+            try:
+                for role in self.training.state.roles:
+                    self.training.whole_role(role.name, use)
+            except _INTERRUPTED:
+                self.recover()
+            else:
+                use(self.training.model.param)
+                return digest.hexdigest()
+
+    def close(self) -> None:
+        """Say that this rank is done; the process may end afterwards."""
+        self._link.close()
+
+
+class Step:
+    """One optimizer step, as seen by one rank."""
+
+    def __init__(self, run: Run, index: int) -> None:
+        self._run, self._target = run, index + 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> bool:
+        return False
+
+    @property
+    def index(self) -> int:
+        """Number of the step that is being computed, from 0; lower while a lost one is made again."""
+        return min(self._run.training.committed, self._target - 1)
+
+    @property
+    def committed(self) -> bool:
+        """Whether every rank has this step."""
+        return self._run.training.committed >= self._target
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over all leaves of the committed step."""
+        training = self._run.training
+        if not self.committed:
+            raise Misuse("step.loss exists once the step is committed: read it after the batches")
+        return sum(training.losses) / len(training.losses)
+
+    @property
+    def norm(self) -> float:
+        """Global gradient norm of the committed step, before clipping."""
+        return self._run.training.norm
+
+    def batches(
+        self, data: Any, batch_size: int = 1, collate: Callable[[list[Any]], Any] = default_collate
+    ) -> Iterator[Any]:
+        """The micro-batches this rank owes to the step; when they end, the step is committed.
+
+        Args:
+            data: map-style data set, or a function (step, leaf) -> batch.
+            batch_size: samples of one micro-batch, the same on every rank.
+        """
+        run, training = self._run, self._run.training
+        while not self.committed:
+            try:
+                for leaf in training.leaves():
+                    yield from training.compute(leaf, self._batch(data, leaf, batch_size, collate))
+                training.commit()
+            except _INTERRUPTED:
+                run.recover()
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of this leaf's mean loss; may be called for several terms."""
+        self._run.training.backward(loss)
+
+    def _batch(
+        self, data: Any, leaf: int, batch_size: int, collate: Callable[[list[Any]], Any]
+    ) -> Callable[[], Any]:
+        settings, step = self._run.training.settings, self._run.training.committed
+
+        def make() -> Any:
+            seed_all(leaf_seed(settings.seed, step, leaf))
+            if not hasattr(data, "__getitem__"):
+                return data(step, leaf)
+            chosen = samples(
+                settings.seed, step, leaf, settings.leaves, batch_size, len(data)
+            )
+            return collate([data[index] for index in chosen])
+
+        return make

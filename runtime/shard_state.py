@@ -1,0 +1,189 @@
+"""The owned part of the state: parameters or their fp32 master, and the optimizer's moments.
+
+On the CPU the live state is the snapshot: an update copies the old half of the state memory to the new one and runs the
+optimizer there, so the old step stays whole and a roll-back costs nothing. On CUDA the live state is on the device and
+`seal` copies it to the pinned half on a side stream, while the next forward and backward run.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from outlast.checkpoint.memory import StateMemory
+from outlast.checkpoint.records import Role, SlotRecord
+from outlast.layout.run import Run
+from outlast.layout.space import Space
+from outlast.runtime.fold import unit_runs
+
+_DTYPES: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+}
+
+
+def role_of(name: str, dtype: torch.dtype) -> Role:
+    """The role of a state tensor."""
+    return Role(name, str(dtype).removeprefix("torch."), dtype.itemsize)
+
+
+class ShardState:
+    """State of the owned runs in host memory.
+
+    Args:
+        memory: two halves that the agent holds.
+        space: the address space of the model.
+    """
+
+    def __init__(self, memory: StateMemory, space: Space) -> None:
+        self.memory, self.space = memory, space
+        self.roles = memory.shape.roles
+        self.owned: tuple[Run, ...] = ()
+        self.runs: list[Run] = []
+        self.half = 0
+        self.step = -1
+        self._arrays = [
+            {r.name: self._tensor(half, r) for r in self.roles} for half in (0, 1)
+        ]
+
+    def _tensor(self, half: int, role: Role) -> Tensor:
+        return torch.from_numpy(self.memory.array(half, role)).view(_DTYPES[role.dtype])
+
+    def host(self, half: int, role: str, run: Run) -> Tensor:
+        """View of one run of one role in a half."""
+        return self._arrays[half][role][run.start : run.stop]
+
+    def dtype(self, role: str) -> torch.dtype:
+        """dtype of a role."""
+        return self._arrays[0][role].dtype
+
+    def adopt(self, half: int, step: int, owned: tuple[Run, ...]) -> None:
+        """Go on from the committed `half` with the runs `owned`."""
+        self.half, self.step, self.owned = half, step, owned
+        self.runs = unit_runs(self.space, owned)
+        self.memory.reserve(owned)
+
+    def live(self, role: str) -> list[Tensor]:
+        """The newest state of one role, a view per run of `runs`."""
+        return [self.host(self.half, role, run) for run in self.runs]
+
+    def part(self, role: str, run: Run) -> Tensor:
+        """The newest state of an owned run."""
+        return self.host(self.half, role, run)
+
+    def update(self, change: Callable[[dict[str, list[Tensor]]], None]) -> None:
+        """Open the other half, fill it with the newest state and let `change` overwrite it."""
+        old, self.half = self.half, 1 - self.half
+        self.memory.begin(self.half)
+        for role in self.roles:
+            for run in self.runs:
+                self.host(self.half, role.name, run).copy_(self.host(old, role.name, run))
+        change({role.name: self.live(role.name) for role in self.roles})
+
+    def commit(self, step: int, generation: int, scalars: dict[str, float], losses: list[float]) -> None:
+        """The opened half is step `step` from now on."""
+        self.step = step
+        self._publish(self.half, self.owned, generation, scalars, losses)
+
+    def seal(self) -> None:
+        """Make sure that the newest step is committed in host memory."""
+
+    def publish(
+        self, half: int, record: SlotRecord, received: Sequence[Run], owned: tuple[Run, ...], generation: int
+    ) -> None:
+        """Commit a half again: runs were added to what it held, and ownership was dealt anew."""
+        sums = self.memory.sums(half, received)
+        all_sums = {role.name: record.sums[role.name] + sums[role.name] for role in self.roles}
+        held = record.held + tuple(received)
+        self.memory.begin(half)
+        self.memory.commit(
+            half, replace(record, generation=generation, owned=owned, held=held, sums=all_sums)
+        )
+
+    def _publish(
+        self,
+        half: int,
+        owned: tuple[Run, ...],
+        generation: int,
+        scalars: dict[str, float],
+        losses: list[float],
+    ) -> None:
+        sums = self.memory.sums(half, owned)
+        record = SlotRecord(self.step, generation, owned, owned, sums, scalars, losses)
+        self.memory.commit(half, record)
+
+    def trim(self) -> None:
+        """Give back the memory of runs that are no longer owned."""
+        self.memory.trim(self.owned)
+
+
+class DeviceState(ShardState):
+    """State of the owned runs on a CUDA device, copied to the pinned halves behind the update.
+
+    The commit of a step lags its update: until `seal`, the other half still holds the step before,
+    which is the step that a loss in between falls back to.
+    """
+
+    def __init__(self, memory: StateMemory, space: Space, device: torch.device) -> None:
+        super().__init__(memory, space)
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._live: dict[str, dict[Run, Tensor]] = {}
+        self._copied: tuple[torch.cuda.Event, Callable[[], None]] | None = None
+
+    def adopt(self, half: int, step: int, owned: tuple[Run, ...]) -> None:
+        super().adopt(half, step, owned)
+        for role in self.roles:
+            for run in owned:
+                _pin(self.host(0, role.name, run))
+                _pin(self.host(1, role.name, run))
+            self._live[role.name] = {
+                run: self.host(half, role.name, run).to(self._device, copy=True) for run in self.runs
+            }
+
+    def live(self, role: str) -> list[Tensor]:
+        return [self._live[role][run] for run in self.runs]
+
+    def part(self, role: str, run: Run) -> Tensor:
+        for home, values in self._live[role].items():
+            if home.start <= run.start and run.stop <= home.stop:
+                return values[run.start - home.start : run.stop - home.start]
+        return torch.cat([self.part(role, piece) for piece in unit_runs(self.space, [run])])
+
+    def update(self, change: Callable[[dict[str, list[Tensor]]], None]) -> None:
+        self.seal()
+        self.half = 1 - self.half
+        self.memory.begin(self.half)
+        change({role.name: self.live(role.name) for role in self.roles})
+
+    def commit(self, step: int, generation: int, scalars: dict[str, float], losses: list[float]) -> None:
+        self.step = step
+        half, owned = self.half, self.owned
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for role in self.roles:
+                for run, values in self._live[role.name].items():
+                    self.host(half, role.name, run).copy_(values, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        self._copied = (copied, lambda: self._publish(half, owned, generation, scalars, losses))
+
+    def seal(self) -> None:
+        if self._copied is not None:
+            copied, publish = self._copied
+            self._copied = None
+            copied.synchronize()
+            publish()
+
+
+def _pin(host: Tensor) -> None:
+    """Page-lock a view of the state memory, so that copies to it run on their own."""
+    if host.numel() and not host.is_pinned():
+        size = host.numel() * host.element_size()
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), size, 0))
+
+
+def shard_state(memory: StateMemory, space: Space, device: torch.device) -> ShardState:
+    """The state that suits `device`."""
+    return DeviceState(memory, space, device) if device.type == "cuda" else ShardState(memory, space)

@@ -1,0 +1,297 @@
+"""A step as a transaction: leaves, fold, update, commit, gather.
+
+[Note: commit rule] A rank commits its half of step s *before* it sends the new parameters; a rank that has gathered all
+parameters has *done* step s. So once anybody has done s, everybody has committed s, the dead included. Parity of s is
+exchanged while step s + 1 computes; no rank starts the update of s + 1, which overwrites the half of s - 1, before the
+parity of s is complete on every rank. So some step can always be restored exactly, s or s - 1, and determinism makes the
+rest again.
+
+Steps are counted by commits: `committed` is the number of steps that are done, and the index of the one in flight.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from outlast.checkpoint.ladder import Ladder
+from outlast.cluster.errors import GenerationChanged, Misuse
+from outlast.layout.layout import Layout, deal
+from outlast.layout.run import Run
+from outlast.runtime.flat_model import FlatModel
+from outlast.runtime.fold import (
+    Bucket,
+    buckets,
+    fold,
+    grain_squares,
+    norm,
+    out_of_nothing,
+    spread,
+    unit_runs,
+)
+from outlast.runtime.leaf_stack import LeafStack
+from outlast.runtime.leaf_tree import Node, assign, push_all
+from outlast.runtime.link import Generation, Link
+from outlast.runtime.optimizer import Schedule, ShardOptimizer
+from outlast.runtime.redundancy import Redundancy
+from outlast.runtime.shard_state import ShardState
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What a job fixes once, the same on every rank.
+
+    Args:
+        leaves: micro-batches of a step, a power of two.
+        grain: elements; shards are cut at multiples of it inside a unit.
+        zero: 0 replicates the optimizer state, 1 and 2 shard it; 2 frees gradients between steps.
+        clip: limit of the global gradient norm, None for no clipping.
+        parity: whether steps are protected against the loss of a node.
+        weight: relative speed of this rank, the only value that may differ between ranks.
+    """
+
+    seed: int = 0
+    leaves: int = 8
+    grain: int = 4096
+    zero: int = 2
+    clip: float | None = None
+    parity: bool = True
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.leaves < 1 or self.leaves & (self.leaves - 1):
+            raise Misuse(f"leaves={self.leaves}: use a power of two, such as 8")
+        if self.grain < 64 or self.grain % 64:
+            raise Misuse(f"grain={self.grain}: use a multiple of 64")
+        if self.zero not in (0, 1, 2):
+            raise Misuse(f"zero={self.zero}: this version has stages 0, 1 and 2")
+        if self.clip is not None and not self.clip > 0:
+            raise Misuse(f"clip={self.clip}: use a positive norm, or None")
+        if not self.weight >= 0:
+            raise Misuse(f"weight={self.weight}: use 0 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """Everything about the present generation that a step uses."""
+
+    generation: Generation
+    holders: tuple[int, ...]
+    layout: Layout
+    plan: tuple[Bucket, ...]  # pieces of the fold and of the gather, by rank
+    reduced: list[Run]  # runs whose gradient this rank reduces, cut at units
+    weights: tuple[float, ...]
+    redundancy: Redundancy
+
+
+class Training:
+    """The state of one rank between and within steps.
+
+    Args:
+        link: the line to the agent.
+        state: memory of the owned runs; its first role is the parameter or its fp32 master.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        link: Link,
+        model: FlatModel,
+        optimizer: ShardOptimizer,
+        schedule: Schedule,
+        ladder: Ladder,
+        state: ShardState,
+    ) -> None:
+        self.settings, self.link, self.model = settings, link, model
+        self.optimizer, self.schedule, self.ladder, self.state = optimizer, schedule, ladder, state
+        self.stack = LeafStack(model.space.numel, model.device)
+        self.primary = state.roles[0].name
+        self.committed = 0
+        self.gathered = -1  # newest step of which all working parameters are here
+        self.initial = True  # the working parameters are still those of the script
+        self.losses: tuple[float, ...] = ()
+        self.norm = 0.0
+        self.todo: list[int] = []
+        self.nodes: list[tuple[Node, ...]] = []
+        self.now: Membership | None = None
+        self.restored = 0  # step that this generation started from
+        self._loss: list[Tensor] = []
+        self._leaf_gradient: Tensor | None = None
+
+    @property
+    def membership(self) -> Membership:
+        """The present generation; only after the first recovery."""
+        assert self.now is not None
+        return self.now
+
+    def enter(self, generation: Generation, layout: Layout, weights: Sequence[float]) -> None:
+        """Set up for a generation; the state of the owned runs is in place already."""
+        holders = tuple(holder for holder, _ in generation.nodes)
+        space, communicator = self.model.space, generation.communicator
+        dealt = deal(space, holders, self.settings.grain) if self.ladder.replicated else layout
+        redundancy = Redundancy(self.state, communicator, layout, holders, generation.domains)
+        mine = unit_runs(space, dealt.runs(holders[communicator.rank]))
+        self.now = Membership(
+            generation,
+            holders,
+            layout,
+            buckets(space, dealt, holders),
+            mine,
+            tuple(weights),
+            redundancy,
+        )
+        self.restored = self.committed
+
+    def deal_leaves(self, kept: dict[int, tuple[Node, ...]]) -> None:
+        """Decide who computes what is missing of the step in flight."""
+        self.stack.start(self.committed)
+        todo = assign(self.settings.leaves, kept, self.membership.weights)
+        self.nodes = [push_all(kept.get(rank, ()), leaves) for rank, leaves in enumerate(todo)]
+        self.todo = todo[self.membership.generation.communicator.rank]
+
+    def leaves(self) -> Iterator[int]:
+        """Leaves this rank still owes to the step in flight.
+
+        Raises:
+            GenerationChanged: a newer view has arrived.
+        """
+        if self.stack.step != self.committed:
+            self.deal_leaves({})
+        while self.todo:
+            self.check()
+            yield self.todo[0]
+            self.todo.pop(0)
+
+    def compute(self, leaf: int, make: Callable[[], object]) -> Iterator[object]:
+        """Yield the batch of `leaf` to the script's loop and take its gradient afterwards."""
+        target = self.stack.buffer()
+        direct = self.model.dtype == torch.float32
+        flat = target if direct else self._narrow()
+        self.model.bind_gradients(flat)
+        self._loss = []
+        yield make()
+        self.model.gathered_gradients(flat)
+        self.model.release_gradients()
+        if not self._loss:
+            raise Misuse("the loop over step.batches() must call step.backward(loss) for each batch")
+        if not direct:
+            target.copy_(flat)
+        self.stack.push(leaf, target, sum(float(loss) for loss in self._loss))
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of one term of the loss of the leaf in flight."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._loss.append(loss.detach())
+
+    def _narrow(self) -> Tensor:
+        """Gradient buffer of a leaf in the dtype of the working parameters."""
+        if self._leaf_gradient is None:
+            self._leaf_gradient = torch.empty_like(self.model.param)
+        return self._leaf_gradient
+
+    def check(self) -> None:
+        """Raise GenerationChanged if the present generation is over."""
+        if self.link.superseded(self.membership.generation.view.generation):
+            raise GenerationChanged("a newer view has arrived")
+
+    def commit(self) -> None:
+        """Turn the finished leaves of all ranks into the next step; see [Note: commit rule]."""
+        now = self.membership
+        communicator, index = now.generation.communicator, self.committed
+        now.redundancy.finish()
+        gradient = self._reduce(now)
+        squares = grain_squares(gradient, now.reduced, self.settings.grain)
+        losses, self.norm = self._agree(now, squares)
+        if self.settings.clip is not None:
+            gradient.mul_(min(1.0, self.settings.clip / (self.norm + 1e-6)))
+        if self.ladder.replicated:
+            whole = torch.empty(self.model.space.numel, dtype=torch.float32, device=self.model.device)
+            spread(communicator, now.plan, gradient, whole)
+            gradient = whole
+        self._update(gradient, index, losses)
+        self.gather()
+        self.committed = index + 1
+        self.losses = tuple(losses)
+        if self.settings.zero == 2:
+            self.stack.release()
+        self._clean_up(now)
+        if self.settings.parity:
+            now.redundancy.schedule()
+            now.redundancy.start()
+
+    def _reduce(self, now: Membership) -> Tensor:
+        communicator = now.generation.communicator
+        mine = sum(bucket.counts[communicator.rank] for bucket in now.plan)
+        out = torch.empty(mine, dtype=torch.float32, device=self.model.device)
+        fold(communicator, now.plan, self.nodes, self.stack.sums, self.settings.leaves, out)
+        return out
+
+    def _agree(self, now: Membership, squares: Tensor) -> tuple[list[float], float]:
+        """Exchange leaf losses and grain sums: every rank gets all losses and the same norm."""
+        head = json.dumps(self.stack.losses).encode() + b"\n"
+        body = squares.cpu().numpy().tobytes()
+        losses: dict[int, float] = {}
+        grains: list[float] = []
+        for payload in now.generation.communicator.gather_bytes(head + body):
+            text, _, sums = payload.partition(b"\n")
+            losses.update({int(leaf): loss for leaf, loss in json.loads(text).items()})
+            if sums:
+                grains += torch.frombuffer(bytearray(sums), dtype=torch.float32).tolist()
+        return [losses[leaf] for leaf in range(self.settings.leaves)], norm(grains)
+
+    def _update(self, gradient: Tensor, index: int, losses: list[float]) -> None:
+        runs, rate = self.state.runs, self.schedule.rate(index)
+        grads = list(torch.split(gradient, [run.length for run in runs]))
+        scalars: dict[str, float] = {}
+
+        def change(live: dict[str, list[Tensor]]) -> None:
+            moments = [
+                {name: live[name][i] for name in self.optimizer.state.roles} for i in range(len(runs))
+            ]
+            scalars.update(self.optimizer.step(live[self.primary], moments, grads, rate))
+
+        self.state.update(change)
+        generation = self.membership.generation.view.generation
+        self.state.commit(index + 1, generation, scalars, losses)
+
+    def gather(self) -> None:
+        """Fill the working parameters from their owners; afterwards the newest step is done."""
+        self.initial = False
+        self.gathered = -1
+        step = self.state.step
+        live = self.state.live(self.primary)
+        if self.ladder.replicated:
+            for run, values in zip(self.state.runs, live, strict=True):
+                self.model.param[run.start : run.stop].copy_(values)
+        else:
+            owned = torch.cat(live) if live else out_of_nothing(self.model.device)
+            now = self.membership
+            spread(now.generation.communicator, now.plan, owned.to(self.model.dtype), self.model.param)
+        self.gathered = step
+
+    def _clean_up(self, now: Membership) -> None:
+        """Two commits after a recovery nothing refers to older layouts or dead memories any more."""
+        if self.committed == self.restored + 2:
+            self.state.trim()
+            if now.generation.communicator.rank == now.holders.index(self._first_of_node(now)):
+                self.link.send(kind="release", generation=now.generation.view.generation)
+
+    def _first_of_node(self, now: Membership) -> int:
+        me = self.link.identity.holder
+        domain = now.generation.domains[me]
+        return next(h for h in now.holders if now.generation.domains[h] == domain)
+
+    def whole_role(self, role: str, use: Callable[[Tensor], None]) -> None:
+        """Call `use` with every element of one role, in address order; a collective."""
+        now = self.membership
+        if self.ladder.replicated:
+            for values in self.state.live(role):
+                use(values)
+            return
+        values = torch.cat(self.state.live(role)) if self.state.runs else out_of_nothing(self.model.device)
+        dtype = self.state.dtype(role)
+        whole = torch.empty(self.model.space.numel, dtype=dtype, device=self.model.device)
+        spread(now.generation.communicator, now.plan, values.to(dtype), whole)
+        use(whole)
