@@ -1,12 +1,14 @@
 """Layouts: who holds which addresses, and how ownership changes.
 
-A `Layout` maps holders to sets of runs. A holder is a worker, a node's memory, a file. Invariant: for each
-holder the runs are canonical (sorted, disjoint, adjacent ones merged), so equal plain layouts compare equal.
-Holders are listed in ascending order; functions that *deal* follow the order of the holders given to them.
+A `Layout` maps holders to sets of runs. A holder is a worker, a node's memory, a file. Invariant:
+for each holder the runs are canonical (sorted, disjoint, adjacent ones merged), so equal plain
+layouts compare equal. Holders are listed in ascending order; functions that *deal* follow the order
+of the holders given to them.
 
-Every cut they make falls on unit.start + i * grain (`Space.cuts`), the same for every world size, so that sums per
-grain have the same bits wherever the cuts are. After a loss `fill_hole` moves the lost runs alone, where an
-even re-split would move a quarter of the state; `rebalance` evens out later.
+Every cut they make falls on unit.start + i * grain (`Space.cuts`), the same for every world size,
+so that sums per grain have the same bits wherever the cuts are. After a loss `fill_hole` moves the
+lost runs alone, where an even re-split would move a quarter of the state; `rebalance` evens out
+later.
 
 >>> from outlast.layout.space import Space, Tensor
 >>> space = Space.of([Tensor("a", (8,), "float32"), Tensor("b", (8,), "float32")], unit_of=str)
@@ -38,7 +40,8 @@ from outlast.layout.space import Space
 class Layout:
     """holder -> sorted disjoint runs; build it with `Layout.of` or one of the functions below.
 
-    `rows` are the runs of all holders, sorted by start; their owner is an index into `holders` (ascending).
+    `rows` are the runs of all holders, sorted by start; their owner is an index into `holders`
+    (ascending).
     """
 
     holders: tuple[int, ...]
@@ -46,7 +49,7 @@ class Layout:
 
     @classmethod
     def of(cls, runs: Mapping[int, Iterable[Run]]) -> Self:
-        """The layout of a mapping from holder to its runs, which may overlap and come in any order."""
+        """The layout of a mapping from holder to its runs, overlapping or not, in any order."""
         holders = tuple(sorted(runs))
         pairs = ((index, run) for index, h in enumerate(holders) for run in canonical(runs[h]))
         return cls(holders, Rows.of(pairs))
@@ -105,7 +108,7 @@ class Layout:
         return not len(self.gaps(numel)[0])
 
     def is_partition(self, numel: int) -> bool:
-        """Whether every address of [0, numel) has exactly one holder, and no other address has any."""
+        """Whether every address of [0, numel) has exactly one holder and no other address any."""
         return self.covers(numel) and int(self._numels.sum()) == numel
 
     def __eq__(self, other: object) -> bool:
@@ -117,7 +120,7 @@ class Layout:
     __hash__ = None  # type: ignore[assignment]  # a big value, not a key
 
     def as_json(self) -> dict[str, Any]:
-        """{holder: [[start, length] or [start, length, stride, count], ...]} with holders as strings."""
+        """{str(holder): [[start, length] or [start, length, stride, count], ...]}."""
         return {
             str(holder): [
                 [run.start, run.length] + [run.stride, run.count] * (run.count > 1)
@@ -139,8 +142,8 @@ def deal(
 ) -> Layout:
     """Every unit dealt over all holders in contiguous pieces, in the order given.
 
-    Shares follow `weights` (even without). What a unit leaves a holder owing is made good in the next, so
-    totals stay within about a grain of the share; a holder of weight 0 gets nothing.
+    Shares follow `weights` (even without). What a unit leaves a holder owing is made good in the
+    next, so totals stay within about a grain of the share; a holder of weight 0 gets nothing.
     """
     _check(holders, grain)
     share = np.ones(len(holders), dtype=np.int64)
@@ -171,10 +174,10 @@ def replicate(space: Space, holders: Sequence[int]) -> Layout:
 
 
 def fill_hole(layout: Layout, holders: Sequence[int], space: Space, grain: int) -> Layout:
-    """What none of `holders` holds is dealt to them; they keep what they have, so nothing else moves.
+    """What none of `holders` holds is dealt to them; they keep what they have.
 
-    Those who hold least get most, until totals are as even as grains allow; each gets one contiguous
-    stretch of what is missing. New holders start empty.
+    Those who hold least get most, until totals are as even as grains allow; each gets one
+    contiguous stretch of what is missing, and nothing else moves. New holders start empty.
     """
     _check(holders, grain)
     kept = layout.restrict(holders)
@@ -196,10 +199,11 @@ def fill_hole(layout: Layout, holders: Sequence[int], space: Space, grain: int) 
 def rebalance(layout: Layout, holders: Sequence[int], space: Space, grain: int) -> Layout:
     """Even shares for `holders`, moving only what the overfull and the leaving have too much.
 
-    `layout` is a partition of the space (ValueError otherwise). Shares end within a grain of the mean
-    where units are whole grains, within about two where they have tails; a layout that is there already is
-    returned as it is. Each donor gives one contiguous stretch of its own addresses, and the stretches of
-    different donors lie apart, so that one unit does not end up with one holder.
+    `layout` is a partition of the space (ValueError otherwise). Shares end within a grain of the
+    mean where units are whole grains, within about two where they have tails; a layout that is
+    there already is returned as it is. Each donor gives one contiguous stretch of its own
+    addresses, and the stretches of different donors lie apart, so that one unit does not end up
+    with one holder.
     """
     _check(holders, grain)
     if not layout.is_partition(space.numel):
@@ -228,7 +232,8 @@ def settle(
     """One partition out of claims (generation, holder, runs) that may overlap and leave holes.
 
     Each address goes to the live claimant of the highest generation, of equals to the earlier in
-    `holders`; then holes are filled and shares evened. Equal claims give equal layouts on every caller.
+    `holders`; then holes are filled and shares evened. Equal claims give equal layouts on every
+    caller.
     """
     _check(holders, grain)
     rank = {holder: index for index, holder in enumerate(holders)}
@@ -261,7 +266,7 @@ def _ranks(holders: Sequence[int]) -> Ints:
 
 
 def _apportion(due: Ints, whole: int, grains: int) -> Ints:
-    """Numbers >= 0 that sum to `grains`, each next to due / whole; the largest remainders round up."""
+    """Numbers >= 0 that sum to `grains`, each next to due / whole; largest remainders round up."""
     given = np.maximum(due // whole, 0)
     rest = grains - int(given.sum())
     if rest > 0:
@@ -275,7 +280,7 @@ def _apportion(due: Ints, whole: int, grains: int) -> Ints:
 
 
 def _level(held: Ints, amount: int, grain: int) -> Ints:
-    """How much of `amount` each gets so that totals rise to one level, in grains (one gets the rest)."""
+    """Parts of `amount`, in grains (one has the rest), that raise the lowest to one level."""
     order = np.argsort(held, kind="stable")
     low = held[order]
     below = np.cumsum(low) - low
@@ -294,7 +299,7 @@ def _level(held: Ints, amount: int, grain: int) -> Ints:
 
 
 def _cut(start: Ints, stop: Ints, at: Ints, space: Space, grain: int) -> Ints:
-    """Positions `at` on the line of the intervals laid end to end, each moved to the nearest allowed cut."""
+    """Positions on the line of the intervals laid end to end, moved to the nearest allowed cuts."""
     edge = np.concatenate([[0], np.cumsum(stop - start)])
     piece = np.minimum(np.searchsorted(edge, at, side="right") - 1, len(start) - 1)
     address = start[piece] + at - edge[piece]
@@ -324,7 +329,7 @@ def _with(layout: Layout, more: Rows) -> Layout:
 
 
 def _release(layout: Layout, surplus: Mapping[int, int], space: Space, grain: int) -> Layout:
-    """`layout` (plain) without one stretch of about `surplus` elements of each holder that has too much."""
+    """`layout` (plain) without a stretch of about `surplus` elements of each who has too much."""
     rows = layout.rows
     low, high = np.zeros_like(rows.start), np.zeros_like(rows.start)  # [low, high) of each row goes
     donors = [holder for holder, amount in surplus.items() if amount > 0]

@@ -1,12 +1,14 @@
 """Plans: which transfers turn one layout into another.
 
-`plan(src, dst)` serves resharding, loading, saving, converting and recovery alike: whoever has an address
-sends it to whoever lacks it. Invariants: a holder never receives what it already holds, receives each lacking
-element once, and only from a live holder that has it; what no live holder has is in `missing`, per receiver.
-Where several could send, the least loaded does; large pieces are split among them.
+`plan(src, dst)` serves resharding, loading, saving, converting and recovery alike: whoever has an
+address sends it to whoever lacks it. Invariants: a holder never receives what it already holds,
+receives each lacking element once, and only from a live holder that has it; what no live holder has
+is in `missing`, per receiver. Where several could send, the least loaded does; large pieces are
+split among them.
 
-A plan is numpy columns like a layout, so that millions of runs cost well under a second; `Move` objects
-are made while iterating. All callers with equal layouts get the same moves in the same order.
+A plan is numpy columns like a layout, so that millions of runs cost well under a second; `Move`
+objects are made while iterating. All callers with equal layouts get the same moves in the same
+order.
 
 >>> from outlast.layout.layout import Layout
 >>> before = Layout.of({1: [Run.of(0, 6)], 2: [Run.of(6, 12)]})
@@ -44,7 +46,7 @@ class Move:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Moves as columns: `rows` with the receivers as owners, `source` the senders; indices into `holders`."""
+    """Moves as columns: the owners of `rows` receive, `source` send; both index `holders`."""
 
     holders: tuple[int, ...]
     source: Ints
@@ -105,7 +107,7 @@ class Plan:
 
 
 def plan(src: Layout, dst: Layout, alive: Container[int] | None = None, split: int = SPLIT) -> Plan:
-    """The moves that give every holder of `dst` what it lacks, out of what the live holders of `src` have.
+    """The moves that give every holder of `dst` what it lacks, from live holders of `src`.
 
     Args:
         src: may hold an element several times (replicas) or not at all.
@@ -156,7 +158,7 @@ def plan(src: Layout, dst: Layout, alive: Container[int] | None = None, split: i
 
 
 def _changed(want: Rows, have: Rows, holders: int) -> Rows:
-    """The rows of `want` without those that lie in a row of `have` of the same owner and start: most of them."""
+    """`want` without the rows that lie in one of `have` with the same owner and start: most."""
     key = [rows.start * holders + rows.owner for rows in (have, want)]
     if not len(key[0]):
         return want
@@ -177,7 +179,7 @@ def _touching(rows: Rows, others: Rows) -> Rows:
 
 
 def _lacking(want: Rows, have: Rows) -> Rows:
-    """What each owner wants and does not have, with every owner's addresses laid behind those of the one before."""
+    """What each owner wants and does not have: one subtraction, the owners laid end to end."""
     have = _touching(have, want)
     if not len(have.start):
         return want
@@ -228,7 +230,7 @@ def _share(choice: _Choice, start: Ints, stop: Ints, load: Floats, split: int) -
 
 
 def _pour(load: Floats, amount: int, split: int) -> list[int]:
-    """Parts of `amount` that lift ascending loads to one level, in multiples of `split`; the first has the rest."""
+    """Multiples of `split` (the first has the rest) that lift ascending loads to one level."""
     below = np.cumsum(load) - load
     filled = max(int(np.searchsorted(load * np.arange(len(load)) - below, amount)), 1)
     level = (amount + load[:filled].sum()) / filled
@@ -239,7 +241,7 @@ def _pour(load: Floats, amount: int, split: int) -> list[int]:
 
 
 def _collect(holders: tuple[int, ...], sender: Ints, owner: Ints, start: Ints, stop: Ints) -> Plan:
-    """The plan of plain moves; sender -1 means that nobody has it. Adjacent pieces of one pair are merged."""
+    """The plan of plain moves, adjacent ones merged; sender -1 means that nobody has it."""
     pair = (sender + 1) * len(holders) + owner
     joined = Rows.intervals(pair, start, stop).merged()
     sender, owner = joined.owner // len(holders) - 1, joined.owner % len(holders)
@@ -248,7 +250,7 @@ def _collect(holders: tuple[int, ...], sender: Ints, owner: Ints, start: Ints, s
 
 
 def _plan_strided(src: Layout, dst: Layout, holders: tuple[int, ...], living: Ints) -> Plan:
-    """The same on whole strided runs, one by one: column shards are thousands of records and not millions."""
+    """The same on whole strided runs: column shards are thousands of records, not millions."""
     sources = [
         (run.start, run.stop, holder, run)
         for holder, number in zip(holders, living, strict=True)

@@ -1,7 +1,7 @@
 """Runs of many holders as numpy columns, so that millions of them cost milliseconds.
 
-Invariant: the columns have one length, and rows are sorted by (start, owner). `owner` is an index into a list
-of holders that the user of the columns keeps.
+Invariant: the columns have one length, and rows are sorted by (start, owner). `owner` is an index
+into a list of holders that the user of the columns keeps.
 
 >>> rows = Rows.of([(1, Run.of(4, 8)), (0, Run(0, 1, 2, 3))])
 >>> rows.owner.tolist(), rows.stop.tolist(), rows.numel.tolist()

@@ -1,22 +1,23 @@
 """Runs: the set algebra of addresses.
 
-A `Run` is `count` intervals of `length` elements, `stride` elements apart; count 1 is the plain interval
-[start, stop). A column shard of a matrix is one strided run and not a million intervals, and stays one:
-every operation below is worked out on whole runs, and only two runs of *different* strides are expanded
-(the one with fewer intervals where they meet).
+A `Run` is `count` intervals of `length` elements, `stride` elements apart; count 1 is the plain
+interval [start, stop). A column shard of a matrix is one strided run and not a million intervals,
+and stays one: every operation below is worked out on whole runs, and only two runs of *different*
+strides are expanded (the one with fewer intervals where they meet).
 
-Invariant: functions on sequences take any runs and return a canonical tuple: sorted by start, disjoint,
-adjacent runs merged. For plain runs equal sets are then equal tuples.
+Invariant: functions on sequences take any runs and return a canonical tuple: sorted by start,
+disjoint, adjacent runs merged. For plain runs equal sets are then equal tuples.
 
 >>> a = [Run.of(0, 4), Run.of(4, 10), Run.of(20, 30)]
 >>> canonical(a)
 (Run(start=0, length=10, stride=0, count=1), Run(start=20, length=10, stride=0, count=1))
->>> numel(intersect(a, [Run.of(8, 22)])), numel(subtract(a, [Run.of(8, 22)])), numel(union(a, [Run.of(8, 22)]))
+>>> b = [Run.of(8, 22)]
+>>> numel(intersect(a, b)), numel(subtract(a, b)), numel(union(a, b))
 (4, 16, 30)
 >>> column = Run(start=3, length=2, stride=8, count=4)          # columns 3 and 4 of a 4 x 8 matrix
 >>> list(column.intervals())
 [(3, 5), (11, 13), (19, 21), (27, 29)]
->>> subtract([Run.of(0, 32)], [column])[1]                      # what is left between them is one run, too
+>>> subtract([Run.of(0, 32)], [column])[1]      # what is left between them is one run, too
 Run(start=5, length=6, stride=8, count=3)
 """
 
@@ -29,7 +30,7 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True, order=True)
 class Run:
-    """`count` intervals of `length` elements whose starts are `stride` apart, the first at `start`."""
+    """`count` intervals of `length` elements, their starts `stride` apart, the first at `start`."""
 
     start: int
     length: int
@@ -96,8 +97,13 @@ def canonical(runs: Iterable[Run]) -> tuple[Run, ...]:
         pieces = _without(run, [*window.near(run), *active])
         apart += pieces
         active += pieces
-    columns = _side_by_side(_end_to_end([run for run in apart if run.count > 1]))
-    plain += [run for run in (*apart, *columns) if run.count == 1]
+    plain += [run for run in apart if run.count == 1]
+    columns, before = [run for run in apart if run.count > 1], -1
+    while len(columns) != before:  # one merge may make the next possible
+        before = len(columns)
+        merged = _side_by_side(_end_to_end(columns))
+        plain += [run for run in merged if run.count == 1]
+        columns = [run for run in merged if run.count > 1]
     return tuple(sorted([*_join(sorted(plain)), *(run for run in columns if run.count > 1)]))
 
 
@@ -184,7 +190,7 @@ def _without(run: Run, others: Iterable[Run]) -> list[Run]:
 
 
 def _clip(run: Run, start: int, stop: int) -> list[Run]:
-    """The part of `run` inside [start, stop): at most a cut interval, whole intervals, a cut interval."""
+    """The part of `run` inside [start, stop): whole intervals as one run, cut ones beside it."""
     if run.count == 1:
         low, high = max(run.start, start), min(run.stop, stop)
         return [Run.of(low, high)] if low < high else []
@@ -200,16 +206,17 @@ def _clip(run: Run, start: int, stop: int) -> list[Run]:
         piece
         for index in ends
         for edge in run.rows(index, index + 1)
-        if 0 <= index
+        if index >= 0
         for piece in _clip(edge, start, stop)
     ]
     return whole + cut
 
 
 def _overlaps(a: Run, b: Run) -> list[tuple[int, int, int, int]]:
-    """Where two runs of one stride meet: (low, high, first, last), offsets in the intervals first..last-1 of `a`.
+    """Where runs of one stride meet: offsets [low, high) in the intervals [first, last) of `a`.
 
-    Interval i of `a` meets interval i + k of `b` the same way for every i, and for two values of k at most.
+    Interval i of `a` meets interval i + k of `b` the same way for every i, and for two values of k
+    at most.
     """
     shift = a.start - b.start
     found = []
@@ -238,8 +245,8 @@ def _meet(a: Run, b: Run) -> list[Run]:
 
 
 def _minus(a: Run, b: Run) -> list[Run]:
-    if b.start >= a.stop or b.stop <= a.start:
-        return [a]
+    if b.start >= a.stop or b.stop <= a.start or not _meet(a, b):
+        return [a]  # in one piece, also where b lies between its intervals
     if b.count == 1:
         return _clip(a, 0, b.start) + _clip(a, b.stop, a.stop)
     if a.count > 1 and a.stride == b.stride:
@@ -253,7 +260,7 @@ def _minus(a: Run, b: Run) -> list[Run]:
 
 
 def _minus_aligned(a: Run, b: Run) -> list[Run]:
-    """Same stride: between the rows where an overlap begins or ends, every interval loses the same parts."""
+    """Same stride: from one end of an overlap to the next, all intervals lose the same parts."""
     holes = _overlaps(a, b)
     edges = sorted({0, a.count, *(row for hole in holes for row in hole[2:])})
     pieces = []

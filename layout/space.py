@@ -1,11 +1,13 @@
 """The address space: every element of the model has one address, fixed by the model alone.
 
-Tensors are laid end to end in order, without padding (padding lives in communication buffers). Roles
-(param, grad, exp_avg, ...) share the addresses: one interval names the same elements in every role. A `Unit`
-is a stretch of consecutive tensors that is gathered, reduced and moved together. Invariant: units tile the
-space, and a run may be cut only at unit.start + i * grain, wherever the holders are and however many.
+Tensors are laid end to end in order, without padding (padding lives in communication buffers).
+Roles (param, grad, exp_avg, ...) share the addresses: one interval names the same elements in every
+role. A `Unit` is a stretch of consecutive tensors that is gathered, reduced and moved together.
+Invariant: units tile the space, and a run may be cut only at unit.start + i * grain, wherever the
+holders are and however many.
 
->>> tensors = [Tensor("a.weight", (4, 6), "float32"), Tensor("a.bias", (4,), "float32"), Tensor("b", (10,), "float32")]
+>>> shapes = {"a.weight": (4, 6), "a.bias": (4,), "b": (10,)}
+>>> tensors = [Tensor(name, shape, "float32") for name, shape in shapes.items()]
 >>> space = Space.of(tensors, unit_of=lambda name: name.split(".")[0])
 >>> space.numel, space.offset("a.bias"), space.run("b")
 (38, 24, Run(start=28, length=10, stride=0, count=1))
@@ -37,7 +39,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A named array of the model; `dtype` is its name without a library's prefix, as in "float32"."""
+    """A named array of the model; `dtype` is a bare name, as in "float32"."""
 
     name: str
     shape: tuple[int, ...]
@@ -83,7 +85,7 @@ class Space:
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor], unit_of: Callable[[str], str] | None = None) -> Self:
-        """Groups consecutive tensors with the same unit name; without `unit_of` all are one unit."""
+        """Groups consecutive tensors with the same unit name; by default all are one."""
         ordered = tuple(tensors)
         ends = list(accumulate((tensor.numel for tensor in ordered), initial=0))
         units = []
@@ -155,7 +157,7 @@ class Space:
         return np.where(above - at < at - below, above, below)
 
     def cuts(self, grain: int) -> Ints:
-        """Every address where a run may be cut: unit.start + i * grain, and the end of the space."""
+        """Where a run may be cut: every unit.start + i * grain, and the end of the space."""
         pieces = [np.arange(unit.start, unit.stop, grain, dtype=np.int64) for unit in self.units]
         return np.concatenate([*pieces, np.array([self.numel], dtype=np.int64)])
 

@@ -1,19 +1,23 @@
 """Stripes: which holders carry the parity of whose snapshot bytes.
 
-A holder's snapshot is a stream of bytes. Holders of distinct failure domains form groups of n = k + m; a group
-has n stripes, and stripe s has its m parity units on members s .. s+m-1 (mod n) and one data unit, a piece of
-the stream, on each of the other k. So every member is data k times, parity m times, and no node is special;
-the overhead is m / k. Holders that find no group are mirrored: data of a stripe with k = 1.
+A holder's snapshot is a stream of bytes. Holders of distinct failure domains form groups of n = k +
+m; a group has n stripes, and stripe s has its m parity units on members s .. s+m-1 (mod n) and one
+data unit, a piece of the stream, on each of the other k. So every member is data k times, parity m
+times, and no node is special; the overhead is m / k. Holders that find no group are mirrored: data
+of a stripe with k = 1.
 
-Law: all units of a stripe lie in distinct domains, so losing any m domains costs each stripe at most m units,
-which the code restores. Every byte of every stream is in exactly one piece.
+Law: all units of a stripe lie in distinct domains, so losing any m domains costs each stripe at
+most m units, which the code restores. Every byte of every stream is in exactly one piece.
 
 >>> made = stripes({1: 100, 2: 128, 3: 90}, {1: "node0", 2: "node1", 3: "node2"})
->>> [(stripe.parity, [(p.holder, p.start, p.stop) for p in stripe.data], stripe.length) for stripe in made]
-[((1,), [(2, 64, 128), (3, 0, 64)], 64), ((2,), [(1, 0, 64), (3, 64, 90)], 64), ((3,), [(1, 64, 100), (2, 0, 64)], 64)]
+>>> for s in made:
+...     s.parity, [(p.holder, p.start, p.stop) for p in s.data], s.length
+((1,), [(2, 64, 128), (3, 0, 64)], 64)
+((2,), [(1, 0, 64), (3, 64, 90)], 64)
+((3,), [(1, 64, 100), (2, 0, 64)], 64)
 >>> parity_bytes(made)
 {1: 64, 2: 64, 3: 64}
->>> stripes({1: 100, 2: 100}, {1: "alone", 2: "alone"})          # one domain: nothing can be protected
+>>> stripes({1: 100, 2: 100}, {1: "alone", 2: "alone"})  # one domain: no protection
 ()
 """
 
@@ -51,8 +55,9 @@ def stripes(
 ) -> tuple[Stripe, ...]:
     """The stripes that protect every stream against the loss of any `m` domains.
 
-    The order of `sizes` is the order of the holders: the i-th holders of all domains form a lane, which is cut
-    into groups of at most `group`. Fewer than m + 1 domains lower m; a single domain gives no stripes.
+    The order of `sizes` is the order of the holders: the i-th holders of all domains form a lane,
+    which is cut into groups of at most `group`. Fewer than m + 1 domains lower m; a single domain
+    gives no stripes.
 
     Args:
         sizes: bytes of each holder's stream.
