@@ -25,8 +25,8 @@ class Watch:
 
     @property
     def step(self) -> int:
-        """The step that is being computed: the one after the last that is committed."""
-        return int(self.metrics[-1]["step"]) + 1 if self.metrics else 0
+        """How many steps are committed."""
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
 
     @property
     def view(self) -> Event | None:
