@@ -17,7 +17,7 @@ from typing import Any
 
 Event = Mapping[str, Any]
 
-PHASES = ("detect", "agree", "interrupt", "reconnect", "plan", "move", "resume")
+PHASES = ("detect", "agree", "interrupt", "reconnect", "finish", "plan", "move", "resume")
 
 
 @dataclass(frozen=True, slots=True)
