@@ -20,9 +20,9 @@ class Detector:
 
     def watch(self, agents: Iterable[str], now: float) -> None:
         """Watch exactly these; what is known of those watched before stays known."""
-        watched = set(agents)
-        self._heard = {agent: self._heard.get(agent, now) for agent in watched}
-        self.suspects = {a: cause for a, cause in self.suspects.items() if a in watched}
+        self._heard = {agent: self._heard.get(agent, now) for agent in agents}
+        self.suspects = {a: cause for a, cause in self.suspects.items() if a in self._heard}
+        self._ticked = now if self._ticked is None else self._ticked
 
     def heard(self, agent: str, now: float) -> None:
         """The agent spoke: it is no suspect."""

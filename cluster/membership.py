@@ -222,7 +222,7 @@ class Membership:
         inside = self._me in view.agents
         self.agreement = Agreement(view, self._me, self.timing) if inside else None
         self.roster.enter(before, view)
-        others = set(view.agents) - {self._me}
+        others = [agent for agent in view.agents if agent != self._me]
         self.detector.watch(others if inside else (), now)
         if inside:
             detected = now if self._changed is None else self._changed
