@@ -38,6 +38,9 @@ class Latch:
 
     def hold(self) -> None:
         """Lock it for good; called once by the worker's main thread."""
+        # An orderly interpreter unmaps its pages before the thread ends, and the kernel would find
+        # nothing to mark: this reference is never given back.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._page))
         if code := _libc.pthread_mutex_lock(self._mutex):
             raise OSError(code, "pthread_mutex_lock")
 

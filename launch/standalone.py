@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ from outlast.cluster.timing import Timing
 from outlast.launch.config import LaunchConfig
 
 EXIT_KILLED = 1
+POLL_S = 0.005
 Process = subprocess.Popen[bytes]
 
 
@@ -32,9 +34,13 @@ def run_standalone(config: LaunchConfig, key: bytes | None) -> int:
     with _reserved(Path(config.log_dir)), _free_port() as port, _signals() as wakeup:
         config = replace(config, endpoints=(f"127.0.0.1:{port}",), local_addr="127.0.0.1")
         key = key or secrets.token_bytes(32)
-        names = [f"{config.node or 'node'}{index}" for index in range(config.max_nodes)]
-        agents = [_start(replace(config, node=name), key) for name in names]
+        width = len(str(config.max_nodes - 1))  # members are ordered by name
+        names = [f"{config.node or 'node'}{index:0{width}}" for index in range(config.max_nodes)]
+        agents: list[Process] = []
         try:
+            for name in names:
+                agents.append(_start(replace(config, node=name), key))
+                _await_listener(port, agents[0])
             signalled = _watch(agents, wakeup, config)
         finally:
             for agent in agents:
@@ -59,6 +65,18 @@ def _start(config: LaunchConfig, key: bytes) -> Process:
     with os.fdopen(sink, "w") as pipe:
         json.dump(order, pipe)
     return agent
+
+
+def _await_listener(port: int, agent: Process) -> None:
+    """Wait until the first node listens at the endpoint: the founder gets the first ranks.
+
+    Looked up and not dialled: a stranger at the control port would be reported.
+    """
+    while agent.poll() is None:
+        sockets = Path("/proc/net/tcp").read_text()
+        if f"0100007F:{port:04X} 00000000:0000 0A" in sockets:
+            return
+        time.sleep(POLL_S)
 
 
 def _watch(agents: list[Process], wakeup: socket.socket, config: LaunchConfig) -> int:
