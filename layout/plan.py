@@ -22,9 +22,10 @@ order.
 ((3, (Run(start=6, length=2, stride=0, count=1),)),)
 """
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -53,6 +54,15 @@ class Plan:
     rows: Rows
     lost: Rows
 
+    @cached_property
+    def _index(self) -> dict[int, int]:
+        return {holder: index for index, holder in enumerate(self.holders)}
+
+    @cached_property
+    def _totals(self) -> tuple[list[int], list[int]]:
+        sent = self.rows._replace(owner=self.source).total(len(self.holders))
+        return sent.tolist(), self.rows.total(len(self.holders)).tolist()
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -69,25 +79,13 @@ class Plan:
         """Elements moved, counted once for each receiver."""
         return int(self.rows.numel.sum())
 
-    @cached_property
-    def _sent(self) -> Ints:
-        return self.rows._replace(owner=self.source).total(len(self.holders))
-
-    @cached_property
-    def _received(self) -> Ints:
-        return self.rows.total(len(self.holders))
-
-    @cached_property
-    def _index(self) -> dict[int, int]:
-        return {holder: index for index, holder in enumerate(self.holders)}
-
     def sent(self, holder: int) -> int:
         """Elements that `holder` sends."""
-        return int(self._sent[self._index[holder]]) if holder in self._index else 0
+        return self._totals[0][self._index[holder]] if holder in self._index else 0
 
     def received(self, holder: int) -> int:
         """Elements that `holder` receives."""
-        return int(self._received[self._index[holder]]) if holder in self._index else 0
+        return self._totals[1][self._index[holder]] if holder in self._index else 0
 
     def moves_from(self, holder: int) -> list[Move]:
         """The moves that `holder` sends, in the plan's order."""
@@ -115,45 +113,33 @@ def plan(src: Layout, dst: Layout, alive: Container[int] | None = None, split: i
         split: a lacking piece is divided among its senders in parts of at least so many elements.
     """
     holders = tuple(sorted({*src.holders, *dst.holders}))
-    number = {holder: index for index, holder in enumerate(holders)}
-    have, want = (
-        layout.rows.owned_by(np.array([number[h] for h in layout.holders], dtype=np.int64))
-        for layout in (src, dst)
-    )
-    living = np.array(
-        [n if alive is None or h in alive else -1 for n, h in enumerate(holders)], dtype=np.int64
-    )
+    living = [n if alive is None or h in alive else -1 for n, h in enumerate(holders)]
+    have, want = (layout.restrict(holders).rows for layout in (src, dst))
     if not (have.is_plain and want.is_plain):
         return _plan_strided(src, dst, holders, living)
     want = _lacking(_changed(want, have, len(holders)), have)
-    able = _touching(have, want).owned_by(living)
+    able = _touching(have, want).owned_by(np.array(living, dtype=np.int64))
     point = np.unique(np.concatenate([want.start, want.stop, able.start, able.stop]))
     if not len(want.start):
         return _collect(holders, want.owner, want.owner, want.start, want.stop)
     row, segment = spans(np.searchsorted(point, want.start), np.searchsorted(point, want.stop))
-    copies = depth(point, able.start, able.stop)[segment]
-    sender = depth(point, able.start, able.stop, able.owner)[
-        segment
-    ]  # right where there is one copy
-    sender[copies == 0] = -1
     owner, start, stop = want.owner[row], point[segment], point[segment + 1]
-    several = np.flatnonzero(copies > 1)
-    if not len(several):
+    copies = depth(point, able.start, able.stop)[segment]
+    sender = depth(point, able.start, able.stop, able.owner)[segment]  # right for a single copy
+    sender[copies == 0] = -1
+    if (copies < 2).all():
         return _collect(holders, sender, owner, start, stop)
-    once = np.flatnonzero(copies == 1)
-    forced = np.bincount(sender[once], (stop - start)[once], minlength=len(holders)).astype(float)
-    several = several[np.argsort(copies[several], kind="stable")]  # the least choice chooses first
-    shares = _share(
-        _Choice(able, point, segment[several]), start[several], stop[several], forced, split
-    )
-    single = np.flatnonzero(copies <= 1)
-    who, where, begin, end = (np.array(column, dtype=np.int64) for column in shares)
+    one, many = np.flatnonzero(copies < 2), np.flatnonzero(copies > 1)
+    many = many[np.argsort(copies[many], kind="stable")]  # the least choice chooses first
+    forced = Rows.intervals(sender[one] + 1, start[one], stop[one]).total(len(holders) + 1)[1:]
+    able_of = _choices(able, point, segment[many])
+    who, where, begin, end = _share(able_of, start[many], stop[many], forced.astype(float), split)
     return _collect(
         holders,
-        np.concatenate([sender[single], who]),
-        np.concatenate([owner[single], owner[several][where]]),
-        np.concatenate([start[single], begin]),
-        np.concatenate([stop[single], end]),
+        np.concatenate([sender[one], who]),
+        np.concatenate([owner[one], owner[many][where]]),
+        np.concatenate([start[one], begin]),
+        np.concatenate([stop[one], end]),
     )
 
 
@@ -172,9 +158,7 @@ def _touching(rows: Rows, others: Rows) -> Rows:
     if not len(start):
         return rows.take(np.zeros(0, dtype=np.int64))
     reach = np.maximum.accumulate(others.stop)
-    before = (
-        np.searchsorted(start, rows.stop) - 1
-    )  # the last of the others that starts before the row ends
+    before = np.searchsorted(start, rows.stop) - 1  # the last that starts before the row ends
     return rows.take(np.flatnonzero((before >= 0) & (reach[before] > rows.start)))
 
 
@@ -193,43 +177,32 @@ def _lacking(want: Rows, have: Rows) -> Rows:
     return Rows.intervals(owner, start - owner * span, stop - owner * span)
 
 
-class _Choice:
-    """Who can send each segment that has several copies."""
-
-    def __init__(self, able: Rows, point: Ints, segments: Ints) -> None:
-        row, segment = spans(np.searchsorted(point, able.start), np.searchsorted(point, able.stop))
-        wanted = np.zeros(len(point), dtype=bool)
-        wanted[segments] = True
-        keep = np.flatnonzero(wanted[segment])
-        keep = keep[np.argsort(segment[keep], kind="stable")]
-        self._owner = able.owner[row[keep]]
-        self._first = np.searchsorted(segment[keep], segments).tolist()
-        self._last = np.searchsorted(segment[keep], segments, side="right").tolist()
-
-    def __getitem__(self, item: int) -> Ints:
-        return self._owner[self._first[item] : self._last[item]]
+def _choices(able: Rows, point: Ints, segments: Ints) -> list[Ints]:
+    """Who can send each of `segments`."""
+    row, segment = spans(np.searchsorted(point, able.start), np.searchsorted(point, able.stop))
+    keep = np.flatnonzero(np.isin(segment, segments))
+    keep = keep[np.argsort(segment[keep], kind="stable")]
+    edges = (np.searchsorted(segment[keep], segments, side).tolist() for side in ("left", "right"))
+    return [able.owner[row[keep[a:b]]] for a, b in zip(*edges, strict=True)]
 
 
-def _share(choice: _Choice, start: Ints, stop: Ints, load: Floats, split: int) -> list[list[int]]:
+def _share(
+    able_of: Sequence[Ints], start: Ints, stop: Ints, load: Floats, split: int
+) -> tuple[Ints, ...]:
     """Columns (sender, item, start, stop): each item poured over its least loaded candidates."""
-    columns: list[list[int]] = [[], [], [], []]
+    parts: list[tuple[int, int, int, int]] = []
     for item, (begin, end) in enumerate(zip(start.tolist(), stop.tolist(), strict=True)):
-        able = choice[item]
+        able = able_of[item]
         able = able[np.argsort(load[able], kind="stable")][: max((end - begin) // split, 1)]
-        for sender, amount in zip(
-            able.tolist(), _pour(load[able], end - begin, split), strict=True
-        ):
-            if amount:
-                for column, value in zip(
-                    columns, (sender, item, begin, begin + amount), strict=True
-                ):
-                    column.append(value)
-                load[sender] += amount
-                begin += amount
-    return columns
+        amounts = _pour(load[able], end - begin, split)
+        load[able] += amounts
+        edges = begin + np.cumsum([0, *amounts])
+        for sender, (first, last) in zip(able.tolist(), pairwise(edges.tolist()), strict=True):
+            parts.append((sender, item, first, last))
+    return tuple(np.array(parts, dtype=np.int64).T)
 
 
-def _pour(load: Floats, amount: int, split: int) -> list[int]:
+def _pour(load: Floats, amount: int, split: int) -> Ints:
     """Multiples of `split` (the first has the rest) that lift ascending loads to one level."""
     below = np.cumsum(load) - load
     filled = max(int(np.searchsorted(load * np.arange(len(load)) - below, amount)), 1)
@@ -237,45 +210,38 @@ def _pour(load: Floats, amount: int, split: int) -> list[int]:
     parts = np.zeros(len(load), dtype=np.int64)
     parts[:filled] = np.maximum(level - load[:filled], 0) // split * split
     parts[0] += amount - int(parts.sum())
-    return [int(part) for part in parts]
+    return parts
 
 
 def _collect(holders: tuple[int, ...], sender: Ints, owner: Ints, start: Ints, stop: Ints) -> Plan:
     """The plan of plain moves, adjacent ones merged; sender -1 means that nobody has it."""
-    pair = (sender + 1) * len(holders) + owner
+    pair = owner * (len(holders) + 1) + sender + 1  # sorted by receiver first, as `rows` will be
     joined = Rows.intervals(pair, start, stop).merged()
-    sender, owner = joined.owner // len(holders) - 1, joined.owner % len(holders)
+    owner, sender = joined.owner // (len(holders) + 1), joined.owner % (len(holders) + 1) - 1
     rows = joined._replace(owner=owner)
     return Plan(holders, sender[sender >= 0], rows.take(sender >= 0), rows.take(sender < 0))
 
 
-def _plan_strided(src: Layout, dst: Layout, holders: tuple[int, ...], living: Ints) -> Plan:
+def _plan_strided(
+    src: Layout, dst: Layout, holders: tuple[int, ...], living: Sequence[int]
+) -> Plan:
     """The same on whole strided runs: column shards are thousands of records, not millions."""
-    sources = [
-        (run.start, run.stop, holder, run)
-        for holder, number in zip(holders, living, strict=True)
-        if number >= 0
-        for run in src.runs(holder)
-    ]
-    start, stop = (np.array([source[n] for source in sources], dtype=np.int64) for n in (0, 1))
-    load = dict.fromkeys(holders, 0)
-    moves: list[Move] = []
-    lost: list[tuple[int, Run]] = []
+    sources = [(n, run) for n in living if n >= 0 for run in src.runs(holders[n])]
+    start = np.array([run.start for _, run in sources], dtype=np.int64)
+    stop = np.array([run.stop for _, run in sources], dtype=np.int64)
+    load = [0] * len(holders)
+    moves: list[tuple[int, int, Run]] = []
     for number, holder in enumerate(holders):
         for run in subtract(dst.runs(holder), src.runs(holder)):
-            near = np.flatnonzero((start < run.stop) & (stop > run.start)).tolist()
+            near = [sources[n] for n in np.flatnonzero((start < run.stop) & (stop > run.start))]
             rest: tuple[Run, ...] = (run,)
-            for _, _, sender, theirs in sorted((sources[n] for n in near), key=_by_load(load)):
+            for _, sender, theirs in sorted((load[n], n, theirs) for n, theirs in near):
                 part = intersect(rest, [theirs])
-                rest = subtract(rest, part) if part else rest
+                rest = subtract(rest, part)
                 load[sender] += numel(part)
-                moves += [Move(sender, holder, piece) for piece in part]
-            lost += [(number, piece) for piece in rest]
-    moves.sort(key=lambda move: (move.run.start, move.dst, move.src))
-    index = {holder: number for number, holder in enumerate(holders)}
-    source = np.array([index[move.src] for move in moves], dtype=np.int64)
-    return Plan(holders, source, Rows.of((index[m.dst], m.run) for m in moves), Rows.of(lost))
-
-
-def _by_load(load: dict[int, int]) -> Callable[[tuple[int, int, int, Run]], tuple[int, int]]:
-    return lambda source: (load[source[2]], source[2])
+                moves += [(sender, number, piece) for piece in part]
+            moves += [(-1, number, piece) for piece in rest]
+    moves.sort(key=lambda move: (move[2].start, move[1], move[0]))
+    rows = Rows.of((number, run) for _, number, run in moves)
+    source = np.array([sender for sender, _, _ in moves], dtype=np.int64)
+    return Plan(holders, source[source >= 0], rows.take(source >= 0), rows.take(source < 0))

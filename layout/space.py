@@ -32,7 +32,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from outlast.layout.run import Run, intersect
+from outlast.layout.run import Run, canonical, intersect
 
 Ints = NDArray[np.int64]
 
@@ -126,34 +126,21 @@ class Space:
 
     def names(self, runs: Iterable[Run]) -> list[str]:
         """Names of the tensors that `runs` touch, in address order."""
-        touched: set[int] = set()
-        for run in runs:
-            first = max(bisect_right(self._offsets, run.start) - 1, 0)
-            for index in range(first, bisect_right(self._offsets, run.stop - 1)):
-                tensor = self.tensors[index] if index < len(self.tensors) else None
-                if tensor and tensor.numel and intersect([run], [self.run(tensor.name)]):
-                    touched.add(index)
-        return [self.tensors[index].name for index in sorted(touched)]
+        held = canonical(runs)
+        full = (tensor.name for tensor in self.tensors if tensor.numel)
+        return [name for name in full if intersect([self.run(name)], held)]
 
     @cached_property
     def _starts(self) -> Ints:
         return np.array([unit.start for unit in self.units if unit.numel], dtype=np.int64)
 
-    def floor(self, addresses: Sequence[int] | Ints, grain: int) -> Ints:
-        """The last allowed cut at or before each address in [0, numel]."""
-        at = np.asarray(addresses, dtype=np.int64)
-        if not len(self._starts):
-            return at
-        start = self._starts[np.maximum(np.searchsorted(self._starts, at, side="right") - 1, 0)]
-        return np.where(at >= self.numel, self.numel, start + (at - start) // grain * grain)
-
     def snap(self, addresses: Sequence[int] | Ints, grain: int) -> Ints:
         """The allowed cut nearest to each address in [0, numel], the lower of two equally near."""
         at = np.asarray(addresses, dtype=np.int64)
-        below = self.floor(at, grain)
         edge = np.append(self._starts, self.numel)
-        ceiling = edge[np.searchsorted(edge, np.minimum(at, self.numel), side="left")]
-        above = np.minimum(np.where(below < at, below + grain, at), ceiling)
+        unit = np.searchsorted(edge, at, side="right") - 1
+        below: Ints = edge[unit] + (at - edge[unit]) // grain * grain
+        above = np.minimum(below + grain, edge[np.minimum(unit + 1, len(edge) - 1)])
         return np.where(above - at < at - below, above, below)
 
     def cuts(self, grain: int) -> Ints:
@@ -166,24 +153,14 @@ class Space:
         return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()
 
     def as_json(self) -> dict[str, Any]:
-        """Plain lists and dicts; `from_json` reads them back."""
-        return {
-            "tensors": [[tensor.name, list(tensor.shape), tensor.dtype] for tensor in self.tensors],
-            "units": [[unit.name, len(unit.tensors)] for unit in self.units],
-        }
+        """{"tensors": [[name, shape, dtype, name of its unit], ...]}; `from_json` reads it back."""
+        unit = {index: unit.name for unit in self.units for index in unit.tensors}
+        columns = ([t.name, list(t.shape), t.dtype, unit[i]] for i, t in enumerate(self.tensors))
+        return {"tensors": list(columns)}
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Self:
-        """The space that `as_json` described; ValueError where the parts do not fit together."""
-        tensors = tuple(
-            Tensor(str(n), tuple(map(int, shape)), str(d)) for n, shape, d in plain["tensors"]
-        )
-        ends = list(accumulate((tensor.numel for tensor in tensors), initial=0))
-        units, first = [], 0
-        for name, size in plain["units"]:
-            last = first + int(size)
-            if not first < last < len(ends):
-                raise ValueError("units must tile the space")
-            units.append(Unit(str(name), ends[first], ends[last], tuple(range(first, last))))
-            first = last
-        return cls(tensors, tuple(units))
+        """The space that `as_json` described."""
+        unit = {name: str(of) for name, _, _, of in plain["tensors"]}
+        columns = ((str(n), tuple(map(int, shape)), str(d)) for n, shape, d, _ in plain["tensors"])
+        return cls.of((Tensor(*fields) for fields in columns), unit.__getitem__)

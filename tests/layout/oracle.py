@@ -1,6 +1,7 @@
 """A deliberately dumb second opinion: sets of addresses and per-element dictionaries."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from hypothesis import strategies as st
 
@@ -59,7 +60,7 @@ def partitions(draw: st.DrawFn, space: Space, holders: Sequence[int], grain: int
     """Any partition of the space whose cuts are allowed cuts."""
     cuts = space.cuts(grain).tolist()
     owned: dict[int, list[Run]] = {holder: [] for holder in holders}
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         if start < stop:
             owned[draw(st.sampled_from(list(holders)))].append(Run.of(start, stop))
     return Layout.of(owned)

@@ -19,7 +19,7 @@ Missing = Iterable[tuple[int, Iterable[Run]]]
 
 
 def apply(moves: Iterable[Move], contents: dict[int, dict[int, int]]) -> dict[int, dict[int, int]]:
-    """The contents (holder -> address -> value) after the moves; senders must have what they send."""
+    """Contents (holder -> address -> value) after the moves; senders have what they send."""
     after = {holder: dict(memory) for holder, memory in contents.items()}
     for move in moves:
         for address in elements([move.run]):
@@ -92,6 +92,13 @@ def test_senders_share_the_work() -> None:
     spread = Layout.of({4: [Run.of(i, i + 10) for i in range(0, 1000, 20)]})
     made = plan(replicas, spread)
     assert max(map(made.sent, (1, 2, 3))) - min(map(made.sent, (1, 2, 3))) <= 10
+
+
+def test_moves_that_start_together_keep_their_senders() -> None:
+    src = Layout.of({1: [Run.of(37, 43)], 8: [Run.of(37, 42)]})
+    dst = Layout.of({5: [Run.of(37, 42)], 9: [Run.of(39, 43)]})
+    made = plan(src, dst, split=1)
+    check_plan(made, made.missing, src, dst, src.holders)
 
 
 def test_the_only_holder_is_spared_elsewhere() -> None:

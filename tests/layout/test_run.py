@@ -1,6 +1,7 @@
 """Run algebra against sets of addresses."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ def check_canonical(runs: Sequence[Run], expected: set[int]) -> None:
     assert set(addresses) == expected
     assert list(runs) == sorted(runs)
     plain = [run for run in runs if run.count == 1]
-    assert all(a.stop < b.start for a, b in zip(plain, plain[1:], strict=False))
+    assert all(a.stop < b.start for a, b in pairwise(plain))
 
 
 @EXAMPLES
