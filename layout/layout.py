@@ -237,22 +237,20 @@ def settle(
     """
     _check(holders, grain)
     rank = {holder: index for index, holder in enumerate(holders)}
-    live = [
-        (claim[0], -rank[claim[1]], canonical(claim[2])) for claim in claims if claim[1] in rank
-    ]
+    live = [(generation, -rank[h], canonical(runs)) for generation, h, runs in claims if h in rank]
     live.sort(key=lambda claim: claim[:2])  # painted in this order: the strongest claim comes last
     rows = Rows.of((n, run) for n, claim in enumerate(live) for run in claim[2]).plain()
     point = np.unique(np.concatenate([rows.start, rows.stop, [0]]))
     owner = np.full(len(point) - 1, -1)
     order = np.argsort(rows.owner, kind="stable")
     edges = [np.searchsorted(point, edge[order]).tolist() for edge in (rows.start, rows.stop)]
+    position = _ranks(holders).tolist()
     for first, last, claim in zip(*edges, rows.owner[order].tolist(), strict=True):
-        owner[first:last] = _ranks(holders)[-live[claim][1]]
+        owner[first:last] = position[-live[claim][1]]
     held = np.flatnonzero(owner >= 0)
     won = Rows.intervals(owner[held], point[held], point[held + 1]).merged()
-    return rebalance(
-        fill_hole(Layout(tuple(sorted(holders)), won), holders, space, grain), holders, space, grain
-    )
+    whole = fill_hole(Layout(tuple(sorted(holders)), won), holders, space, grain)
+    return rebalance(whole, holders, space, grain)
 
 
 def _check(holders: Sequence[int], grain: int) -> None:
@@ -309,23 +307,12 @@ def _cut(start: Ints, stop: Ints, at: Ints, space: Space, grain: int) -> Ints:
 
 def _with(layout: Layout, more: Rows) -> Layout:
     """`layout` and the plain rows `more` of the same holders, which are disjoint from it."""
-    if not layout.rows.is_plain:
-        pairs: dict[int, list[Run]] = {
-            holder: list(layout.runs(holder)) for holder in layout.holders
-        }
-        for owner, run in zip(more.owner.tolist(), more.runs(), strict=True):
-            pairs[layout.holders[owner]].append(run)
-        return Layout.of(pairs)
     at = np.searchsorted(layout.rows.start, more.start)
-    columns = (
-        np.insert(a, at, b)
-        for a, b in zip(
-            (layout.rows.owner, layout.rows.start, layout.rows.stop),
-            (more.owner, more.start, more.stop),
-            strict=True,
-        )
-    )
-    return Layout(layout.holders, Rows.intervals(*columns).merged())
+    rows = Rows(*(np.insert(a, at, b) for a, b in zip(layout.rows, more, strict=True)))
+    if rows.is_plain:
+        return Layout(layout.holders, rows.merged())
+    mixed = Layout(layout.holders, rows)
+    return Layout.of({holder: mixed.runs(holder) for holder in mixed.holders})
 
 
 def _release(layout: Layout, surplus: Mapping[int, int], space: Space, grain: int) -> Layout:

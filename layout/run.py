@@ -22,7 +22,7 @@ Run(start=5, length=6, stride=8, count=3)
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Self
@@ -85,7 +85,7 @@ def numel(runs: Iterable[Run]) -> int:
 def canonical(runs: Iterable[Run]) -> tuple[Run, ...]:
     """The same set, sorted, disjoint, with adjacent runs merged; the runs may overlap."""
     ordered = sorted(runs)
-    plain = _join([run for run in ordered if run.count == 1])
+    plain = _merge((run for run in ordered if run.count == 1), _joined)
     strided = [run for run in ordered if run.count > 1]
     if not strided:
         return tuple(plain)
@@ -101,10 +101,14 @@ def canonical(runs: Iterable[Run]) -> tuple[Run, ...]:
     columns, before = [run for run in apart if run.count > 1], -1
     while len(columns) != before:  # one merge may make the next possible
         before = len(columns)
-        merged = _side_by_side(_end_to_end(columns))
+        columns.sort(key=lambda r: (r.stride, r.length, r.start % r.stride, r.start))
+        merged = _merge(columns, _end_to_end)
+        merged = _merge(sorted(merged, key=lambda r: (r.stride, r.count, r.start)), _side_by_side)
         plain += [run for run in merged if run.count == 1]
         columns = [run for run in merged if run.count > 1]
-    return tuple(sorted([*_join(sorted(plain)), *(run for run in columns if run.count > 1)]))
+    return tuple(
+        sorted([*_merge(sorted(plain), _joined), *(run for run in columns if run.count > 1)])
+    )
 
 
 def union(a: Iterable[Run], b: Iterable[Run]) -> tuple[Run, ...]:
@@ -144,42 +148,33 @@ class _Window:
         return [other for other in self._runs[first:last] if other.stop > run.start]
 
 
-def _join(plain: Sequence[Run]) -> list[Run]:
-    """Merges sorted plain runs that overlap or touch."""
-    joined: list[Run] = []
-    for run in plain:
-        if joined and run.start <= joined[-1].stop:
-            if run.stop > joined[-1].stop:
-                joined[-1] = Run.of(joined[-1].start, run.stop)
+def _merge(runs: Iterable[Run], join: Callable[[Run, Run], Run | None]) -> list[Run]:
+    """`runs` with every two neighbours joined that `join` can make one of."""
+    merged: list[Run] = []
+    for run in runs:
+        both = join(merged[-1], run) if merged else None
+        if both:
+            merged[-1] = both
         else:
-            joined.append(run)
-    return joined
+            merged.append(run)
+    return merged
 
 
-def _end_to_end(runs: Iterable[Run]) -> list[Run]:
-    """Merges disjoint strided runs of which one continues the other downwards."""
-    joined: list[Run] = []
-    for run in sorted(runs, key=lambda r: (r.stride, r.length, r.start % r.stride, r.start)):
-        last = joined[-1] if joined else run
-        same = (last.stride, last.length) == (run.stride, run.length)
-        if same and run.start == last.start + last.count * last.stride:
-            joined[-1] = Run(last.start, last.length, last.stride, last.count + run.count)
-        else:
-            joined.append(run)
-    return joined
+def _joined(a: Run, b: Run) -> Run | None:
+    """Plain runs, `a` before `b`, that overlap or touch."""
+    return Run.of(a.start, max(a.stop, b.stop)) if b.start <= a.stop else None
 
 
-def _side_by_side(runs: Iterable[Run]) -> list[Run]:
-    """Merges disjoint strided runs whose intervals touch one by one; a full width becomes plain."""
-    joined: list[Run] = []
-    for run in sorted(runs, key=lambda r: (r.stride, r.count, r.start)):
-        last = joined[-1] if joined else run
-        same = (last.stride, last.count) == (run.stride, run.count)
-        if same and run.start == last.start + last.length:
-            joined[-1] = Run(last.start, last.length + run.length, last.stride, last.count)
-        else:
-            joined.append(run)
-    return joined
+def _end_to_end(a: Run, b: Run) -> Run | None:
+    """Strided runs of which `b` continues `a` downwards."""
+    same = (a.stride, a.length, a.start + a.count * a.stride) == (b.stride, b.length, b.start)
+    return Run(a.start, a.length, a.stride, a.count + b.count) if same else None
+
+
+def _side_by_side(a: Run, b: Run) -> Run | None:
+    """Strided runs whose intervals touch one by one; the full width becomes plain."""
+    same = (a.stride, a.count, a.start + a.length) == (b.stride, b.count, b.start)
+    return Run(a.start, a.length + b.length, a.stride, a.count) if same else None
 
 
 def _without(run: Run, others: Iterable[Run]) -> list[Run]:
