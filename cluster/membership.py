@@ -14,7 +14,7 @@ without itself is out for good: it comes back as a new agent.
 from collections.abc import Iterable
 from typing import Any
 
-from outlast.cluster import event as ev
+import outlast.cluster.event as ev
 from outlast.cluster.agreement import NONE, Agreement, Letter
 from outlast.cluster.detector import Detector, Patience
 from outlast.cluster.errors import Misuse

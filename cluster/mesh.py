@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from outlast.cluster import event as ev
+import outlast.cluster.event as ev
 from outlast.cluster.endpoints import Endpoints
 from outlast.cluster.errors import Misuse
 from outlast.cluster.link import ITSELF

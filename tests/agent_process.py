@@ -21,7 +21,7 @@ from outlast.cluster.timing import Timing
 from outlast.cluster.view import Member, View, Worker
 
 
-def main(name: str, port: int, low: int, high: int, job: str, key: str) -> None:
+def main(name: str, ports: str, low: int, high: int, job: str, key: str) -> None:
     """The process."""
 
     def tell(event: str, **more: object) -> None:
@@ -50,7 +50,7 @@ def main(name: str, port: int, low: int, high: int, job: str, key: str) -> None:
             on_no_quorum=lambda: tell("no_quorum"),
             on_failed=failed,
         )
-        endpoints = (("127.0.0.1", port),)
+        endpoints = tuple(("127.0.0.1", int(port)) for port in ports.split(","))
         given = Job(
             job_id=job, key=key.encode(), endpoints=endpoints, min_nodes=low, max_nodes=high
         )
@@ -83,7 +83,7 @@ class AgentProcess:
     def __init__(
         self,
         name: str,
-        port: int,
+        port: int | str,
         nodes: tuple[int, int],
         *,
         job: str = "job",
@@ -146,4 +146,4 @@ class AgentProcess:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:7])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:7])

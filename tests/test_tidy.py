@@ -58,7 +58,7 @@ PLANTED: list[tuple[str, Rule, str, str]] = [
     ("runtime in launch", tidy.import_order, "launch/a.py",
      "try:\n    from outlast.runtime.run import init\nexcept ImportError:\n    raise\n"),
     ("clock", tidy.purity, "layout/a.py", "import time\n"),
-    ("impure module", tidy.purity, "layout/a.py", "from outlast.cluster.wire import send\n"),
+    ("impure module", tidy.purity, "layout/a.py", "from outlast.cluster.mesh import Mesh\n"),
     ("broad except", tidy.broad_except, "cluster/a.py",
      "try:\n    f()\nexcept Exception:\n    pass\n"),
     ("one of several", tidy.broad_except, "cluster/a.py",

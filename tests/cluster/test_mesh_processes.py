@@ -25,8 +25,8 @@ def start(port: int) -> Iterator[Start]:
     """Starts agents; all of them are gone afterwards."""
     agents: list[AgentProcess] = []
 
-    def begin(name: str, nodes: tuple[int, int], **more: str) -> AgentProcess:
-        agents.append(AgentProcess(name, port, nodes, **more))
+    def begin(name: str, nodes: tuple[int, int], ports: str = "", **more: str) -> AgentProcess:
+        agents.append(AgentProcess(name, ports or port, nodes, **more))
         agents[-1].wait("started")
         return agents[-1]
 
@@ -55,6 +55,22 @@ def test_kill_the_first_and_come_back(start: Start, port: int) -> None:
     for agent in (b, c, again):
         assert agent.view("n1", "n2", "n0", limit_s=5)["generation"] in (1, 3)
     assert again.view("n0", "n1", "n2")["nodes"] == ["n1", "n2", "n0"]
+
+
+def test_a_founder_that_comes_back_asks_the_other_endpoint_first(start: Start, port: int) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        ports = f"{port},{probe.getsockname()[1]}"
+    a, b, c = (start(f"n{i}", (1, 3), ports=ports) for i in range(3))
+    for agent in (a, b, c):
+        agent.view("n0", "n1", "n2")
+    told = [agent.wait("started")["port"] for agent in (a, b)]
+    assert ",".join(map(str, told)) == ports
+    a.signal(SIGKILL)
+    b.view("n1", "n2")
+    # Alone it would be enough to found a job of one node.
+    again = start("n0", (1, 3), ports=ports)
+    assert again.wait("running")["nodes"] == ["n1", "n2"]
 
 
 def test_two_of_five_are_killed_at_once(start: Start) -> None:

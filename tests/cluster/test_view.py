@@ -52,15 +52,15 @@ def test_notes_are_not_shape() -> None:
 
 
 def damaged() -> list[Any]:
-    good = view("ab").as_json()
-    first, second = good["members"]  # type: ignore[misc]
+    good: dict[str, Any] = view("ab").as_json()
+    first, second = good["members"]
     changes = [
         {"agent": ""}, {"agent": 3}, {"agent": "x" * 300}, {"port": -1}, {"port": 1 << 16},
         {"port": True}, {"port": 1.0}, {"workers": None}, {"workers": [1]}, {"finished": 1},
         {"workers": [{"holder": 1, "local_rank": -1}]}, {"memories": -1}, {"restarts": "1"},
         {"workers": [{"holder": h, "local_rank": 0} for h in (1, 2)]},
     ]  # fmt: skip
-    wrong = [{**good, "members": [{**first, **change}, second]} for change in changes]  # type: ignore[dict-item]
+    wrong: list[Any] = [{**good, "members": [{**first, **more}, second]} for more in changes]
     wrong += [{**good, "members": [first, first]}, {**good, "members": []}]
     wrong += [{**good, "generation": 0}, {**good, "generation": "1"}, {"generation": 1}]
     return [*wrong, None, [], 7, {**good, "members": {}}]
