@@ -114,6 +114,9 @@ class Agent:
                     with contextlib.suppress(asyncio.CancelledError):
                         await task
         await self.crew.stop(self.grace_s if outcome.graceful else 0)
+        if outcome.code in (0, EXIT_FAILED):
+            # The end of the job is on its way to the others: it must not be overtaken by our own.
+            await asyncio.sleep(self.timing.tick_s)
         await self.mesh.stop()
         self.crew.memory.close()
         self.event("finished" if outcome.code == 0 and not outcome.rejoin else "stopped",
@@ -179,8 +182,7 @@ class Agent:
             return
         view = self.view or self._running
         assert view is not None, "workers run in a view"
-        rank = next((i for i, (_, w) in enumerate(view.workers) if w.holder == worker.holder), "?")
-        who = f"rank {rank} ({self.node}, local rank {worker.local_rank}, pid {worker.pid})"
+        who = f"rank {worker.rank} ({self.node}, local rank {worker.local_rank}, pid {worker.pid})"
         text = f"{who} {exit_text(code)}"
         if self.elastic:
             if code > 0:
@@ -204,6 +206,7 @@ class Agent:
             return
         first, self.view, self._running = self.view is None, view, None
         self.times = {"detected": detected, "agreed": agreed}
+        self.crew.rank(view)
         self.desk.relay.install(view.generation)
         for worker in self.crew.attached:
             self.desk.show_view(worker)

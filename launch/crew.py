@@ -109,12 +109,20 @@ class Crew:
         order = WorkerOrder(
             holder=slot.holder,
             local_rank=slot.local_rank,
+            rank=int(variables["RANK"]),
             title=f"{me.node}/{variables['RANK']}",
             environment=outside | variables,
             directory=self._directory / f"attempt_{slot.spawns}" / str(slot.local_rank),
         )
         slot.spawns += 1
         slot.process = WorkerProcess(order, self._config, self)
+
+    def rank(self, view: View) -> None:
+        """Tell the workers' ranks in a new view; one that is not in it keeps its last."""
+        ranks = {worker.holder: rank for rank, (_, worker) in enumerate(view.workers)}
+        for slot in self.slots:
+            if slot.process is not None:
+                slot.process.rank = ranks.get(slot.process.holder, slot.process.rank)
 
     def refill(self, view: View, me: Member) -> None:
         """The job turned out to be elastic: fill the slots that died before anybody knew."""

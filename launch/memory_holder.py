@@ -5,6 +5,7 @@ that they have recovered (a release for a view that was installed after the loss
 is closed with its worker.
 """
 
+import errno
 import os
 from dataclasses import dataclass
 
@@ -30,7 +31,10 @@ class MemoryHolder:
     def allocate(self, holder: int, size: int) -> int:
         """A sparse memfd of `size` bytes for `holder`; OSError or ValueError if there is none."""
         if size <= 0:
-            raise ValueError(f"cannot allocate {size} bytes")
+            raise ValueError("not a size")
+        # Sparse memory can be promised beyond all bounds; a worker that fills it would be killed.
+        if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            raise OSError(errno.ENOMEM, "this node has not so much memory")
         file = os.memfd_create(f"outlast-{holder}")
         try:
             os.ftruncate(file, size)

@@ -35,6 +35,7 @@ class WorkerOrder:
 
     holder: int
     local_rank: int
+    rank: int
     title: str
     environment: dict[str, str]
     directory: Path
@@ -58,6 +59,7 @@ class WorkerProcess:
 
     def __init__(self, order: WorkerOrder, config: LaunchConfig, watcher: WorkerWatcher) -> None:
         self.holder, self.local_rank = order.holder, order.local_rank
+        self.rank = order.rank  # of the newest view with this worker
         self.attached = self.ready = self.finished = False
         self.expected = False  # we end it ourselves: no news to anybody
         self.error = ""

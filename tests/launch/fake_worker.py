@@ -30,6 +30,7 @@ class FakeWorker:
         self.latch.hold()
         self.link = socket.socket(fileno=int(os.environ["OUTLAST_AGENT_FD"]))
         self.generation = 0
+        self.early: list[dict[str, Any]] = []
         self.keys: dict[int, set[str]] = {}
         self.size = self.holder = self.released = 0
 
@@ -40,6 +41,14 @@ class FakeWorker:
         data, files, _, _ = socket.recv_fds(self.link, 128 << 10, 64)
         return json.loads(data), files
 
+    def answer(self, kind: str) -> tuple[dict[str, Any], list[int]]:
+        """The next message of this kind; a view or a key may come first and is taken in later."""
+        while True:
+            message, files = self.hear()
+            if message["kind"] == kind:
+                return message, files
+            self.early.append(message)
+
     def attach(self, flaw: str) -> None:
         if flaw == "garbage":
             self.link.send(b"\xff{]")
@@ -48,14 +57,13 @@ class FakeWorker:
                              {"kind": "allocate", "size": -1}, {"kind": "log"}, {}):  # fmt: skip
                 self.link.send(json.dumps(nonsense).encode())
         self.say("attach", pid=os.getpid())
-        welcome, _ = self.hear()
-        assert welcome["kind"] == "welcome", welcome
+        welcome, _ = self.answer("welcome")
         self.holder = welcome["holder"]
         self.say("allocate", size=1 << 62)
-        answer, _ = self.hear()
+        answer, _ = self.answer("memory")
         assert "error" in answer, answer
         self.say("allocate", size=SIZE)
-        answer, (file,) = self.hear()
+        answer, (file,) = self.answer("memory")
         assert answer["holder"] == self.holder
         os.pwrite(file, str(self.holder).encode(), 0)
         self.say("event", event="fake_started", pid=os.getpid(), restarts=welcome["restarts"])
@@ -63,7 +71,7 @@ class FakeWorker:
 
     def listen(self) -> None:
         while True:
-            message, files = self.hear()
+            message, files = (self.early.pop(0), []) if self.early else self.hear()
             match message["kind"]:
                 case "ping":
                     self.say("pong", n=message["n"], step=0)
