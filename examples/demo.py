@@ -61,6 +61,7 @@ class Demo:
             "launch", "--nnodes", str(self.args.nodes), endpoint, "--rdzv-id", "demo",
             "--nproc-per-node", str(self.args.workers_per_node), "--node-name", "{node}",
             "--max-restarts", "3", "--log-dir", str(logs), *training(self.args, logs),
+            f"--pace={self.args.pace}",  # else a fast machine ends before a killed node is back
         )  # fmt: skip
 
     def _alive(self) -> None:
@@ -247,9 +248,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags; the default model has 0.9 million parameters."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--steps", type=int, default=80)
+    add("--steps", type=int, default=100)
     add("--nodes", type=int, default=4, help="at least 3, so that a quorum is always left")
     add("--workers-per-node", type=int, default=1)
+    add("--pace", type=float, default=0.5, help="seconds that a step takes at least")
     add("--out", type=Path, default=Path("runs/demo"))
     add("--keep", action="store_true", help="set the results of an earlier demo aside")
     add("--layers", type=int, default=4)

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -156,6 +157,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--corpus-mb", type=float, default=8.0)
     add("--eval-every", type=int, default=50, help="steps between validations; 0 for none")
     add("--eval-batches", type=int, default=4)
+    add("--pace", type=float, default=0.0, help="seconds that a step takes at least, to watch it")
     add("--weights", type=Path, help="write the trained parameters (a state dict) to this file")
     add("--digest-file", type=Path, help="write the sha256 of the trained state to this file")
     return parser.parse_args(arguments)
@@ -194,6 +196,7 @@ def train(args: argparse.Namespace) -> None:
         sizes = f"{len(corpus.train) / 1e6:.2f} + {len(corpus.validation) / 1e6:.2f} MB"
         print(f"{parameters / 1e6:.2f} million parameters; {sizes} of text {corpus.sha256[:12]}")
     metrics: dict[str, float] = {}
+    began = time.monotonic()
     with Progress(args.steps) as progress:
         for step in run.steps(args.steps):
             with step:
@@ -207,6 +210,7 @@ def train(args: argparse.Namespace) -> None:
             run.log(**metrics)
             if run.rank == 0:
                 progress.show(done, run.world_size, metrics)
+            began = pause(began, args.pace)
     digest = run.digest()
     if run.rank == 0:
         print(f"sha256 of parameters and optimizer state: {digest}")
@@ -217,6 +221,12 @@ def train(args: argparse.Namespace) -> None:
             args.weights.parent.mkdir(parents=True, exist_ok=True)
             torch.save(model.state_dict(), args.weights)
     run.close()
+
+
+def pause(began: float, pace: float) -> float:
+    """Wait until `pace` seconds after `began`; returns when that was, by the monotonic clock."""
+    time.sleep(max(0.0, began + pace - time.monotonic()))
+    return time.monotonic()
 
 
 def write(path: Path, text: str) -> None:

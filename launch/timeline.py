@@ -92,6 +92,7 @@ class Recovery:
     """How the ranks of one generation took up the work: `phases` in ms, `rungs` in bytes.
 
     ranks: how many have told so; fewer than the view has workers where another fault came between.
+    ended, resumed: when the last of them had, and when the next step was committed.
     """
 
     generation: int
@@ -151,7 +152,7 @@ class Outcome:
 
     @property
     def to_commit_ms(self) -> float | None:
-        """From the fault to the next committed step."""
+        """From the fault to the first step that was committed after the recovery."""
         if self.recovery is None or self.recovery.resumed is None:
             return None
         return (self.recovery.resumed - self.time) * 1e3
@@ -196,8 +197,9 @@ def tell(
     """The story of one run; losses that no given fault explains become faults of their own."""
     ordered = sorted(events, key=lambda event: float(event["time"]))
     lines = sorted(metrics, key=lambda line: int(line["step"]))
+    commits = tuple((float(line["time"]), int(line["step"])) for line in lines)
     changes = find_changes(ordered)
-    recoveries = find_recoveries(ordered)
+    recoveries = find_recoveries(ordered, commits)
     return RunRecord(
         name=name,
         changes=changes,
@@ -205,7 +207,7 @@ def tell(
         outcomes=find_outcomes(tuple(faults), changes, recoveries, _first_signs(ordered)),
         spans=find_spans(changes, ordered),
         losses={int(line["step"]): float(line["loss"]) for line in lines if "loss" in line},
-        commits=tuple((float(line["time"]), int(line["step"])) for line in lines),
+        commits=commits,
         digest=digest,
     )
 
@@ -243,15 +245,15 @@ def find_changes(events: Sequence[Event]) -> tuple[Change, ...]:
     return tuple(changes)
 
 
-def find_recoveries(events: Sequence[Event]) -> tuple[Recovery, ...]:
+def find_recoveries(
+    events: Sequence[Event], commits: Sequence[tuple[float, int]] = ()
+) -> tuple[Recovery, ...]:
     """One recovery per generation that any rank completed, the slowest rank counting."""
     by_generation: dict[int, list[Event]] = {}
-    resumed: dict[int, float] = {}
     for event in events:
         if event["event"] == "recovered":
             by_generation.setdefault(int(event["generation"]), []).append(event)
-        elif event["event"] == "resumed":
-            resumed.setdefault(int(event["generation"]), float(event["time"]))
+    ends = {g: max(float(e["time"]) for e in told) for g, told in by_generation.items()}
     return tuple(
         Recovery(
             generation=generation,
@@ -262,8 +264,8 @@ def find_recoveries(events: Sequence[Event]) -> tuple[Recovery, ...]:
             rungs=_summed(event["rungs"] for event in told),
             leaves_kept=sum(int(event.get("leaves_kept", 0)) for event in told),
             leaves_missing=max(int(event.get("leaves_missing", 0)) for event in told),
-            ended=max(float(event["time"]) for event in told),
-            resumed=resumed.get(generation),
+            ended=ends[generation],
+            resumed=next((time for time, _ in commits if time > ends[generation]), None),
         )
         for generation, told in sorted(by_generation.items())
     )

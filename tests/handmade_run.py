@@ -38,7 +38,6 @@ EVENTS = [
               leaves_kept=3, leaves_missing=2),
     recovered(C, 10.3, 2, phases={"interrupt": 8.0, "move": 70.0, "plan": 1.0}, redone=1,
               rungs={"memory": 60, "replica": 500}, leaves_kept=2, leaves_missing=2),
-    event(10.5, A, "resumed", generation=2, step=5),
     # The worker comes back.
     view(A, 3, EVERYBODY | {B: [3, 9]}, 14.0, 14.1),
     recovered(A, 14.2, 3),
@@ -46,7 +45,6 @@ EVENTS = [
     view(B, 4, {A: [1, 2], B: [3, 9]}, 20.5, 20.6),
     view(B, 5, {B: [3, 9]}, 21.0, 21.1),
     recovered(B, 21.4, 5, redone=2, phases={"move": 20.0}, rungs={"parity": 7}),
-    event(22.0, B, "resumed", generation=5, step=9),
     # node2 comes back as a new agent.
     view(B, 6, {B: [3, 9], ("node2", "dddd"): [7, 8]}, 30.0, 30.5),
     event(40.0, B, "finished"),
