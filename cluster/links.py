@@ -8,7 +8,6 @@ may be speaking on it. A peer is connected from its first link to the end of its
 
 import asyncio
 import time
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from outlast.cluster.errors import Misuse
@@ -40,26 +39,16 @@ class Owner(Protocol):
         """A dial came to nothing; reached: something is there, but no agent of this job."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
-    """How an agent proves who it is."""
-
-    agent: str
-    job_id: str
-    key: bytes
-
-
 class Links:
-    """The listening socket and the links of the agent `identity`."""
+    """The listening socket and the links of one agent, which the job's key authenticates."""
 
-    def __init__(self, identity: Identity, timing: Timing, owner: Owner) -> None:
-        self.agent = identity.agent
+    def __init__(self, agent: str, job_id: str, key: bytes, timing: Timing, owner: Owner) -> None:
         self.timing = timing
         self.owner = owner
         self._ends = Ends(
-            agent=identity.agent,
-            job_id=identity.job_id,
-            key=identity.key,
+            agent=agent,
+            job_id=job_id,
+            key=key,
             handshake_s=timing.handshake_s,
             opened=self._opened,
             introduced=self._introduced,

@@ -16,7 +16,7 @@ import outlast.cluster.event as ev
 from outlast.cluster.endpoints import Endpoints
 from outlast.cluster.errors import Misuse
 from outlast.cluster.link import ITSELF
-from outlast.cluster.links import Identity, Links
+from outlast.cluster.links import Links
 from outlast.cluster.membership import KINDS, Membership
 from outlast.cluster.roster import Address
 from outlast.cluster.timing import Timing
@@ -73,9 +73,8 @@ class Mesh:
         self.me = me
         self.timing = timing
         self.callbacks = callbacks
-        identity = Identity(agent=me.agent, job_id=job.job_id, key=job.key)
         self.refused = callbacks.on_refused
-        self._links = Links(identity, timing, self)
+        self._links = Links(me.agent, job.job_id, job.key, timing, self)
         self._machine = Membership(me, timing, (job.min_nodes, job.max_nodes), founder=False)
         self._events: deque[ev.Event] = deque()
         self._endpoints = Endpoints(job.endpoints, timing)
