@@ -1,7 +1,7 @@
 """How long planning takes: 8 of 16,384 ranks are lost, over 4e11 elements in 128 units.
 
-The figure is `fill_hole` and `plan` together, from a layout of 2 million runs; `alive` is the same
-plan after a crash, when what the lost ranks held cannot come from them.
+The figure is `fill_hole` and `plan` together, in processor seconds (one thread), from a layout of
+2 million runs; `alive` is the same plan after a crash, when the lost ranks cannot send.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def fresh(layout: Layout) -> Layout:
 def measure(
     rounds: int, ranks: int, lost: int, numel: int, units: int, grain: int
 ) -> dict[str, float]:
-    """Median seconds of each part, and what was planned."""
+    """Median processor seconds of each part, and what was planned."""
     size = numel // units
     space = Space.of((Tensor(f"block{i}", (size,), "float32") for i in range(units)), unit_of=str)
     holders = [(7919 * rank) % (1 << 48) for rank in range(1, ranks + 1)]
@@ -36,9 +36,9 @@ def measure(
     times: dict[str, list[float]] = {}
 
     def clock(name: str, work: Callable[[], T]) -> T:
-        start = time.perf_counter()
+        start = time.process_time()
         result = work()
-        times.setdefault(name, []).append(time.perf_counter() - start)
+        times.setdefault(name, []).append(time.process_time() - start)
         return result
 
     moves: Plan | None = None

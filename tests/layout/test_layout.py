@@ -218,7 +218,7 @@ def test_settle(data: st.DataObject, grain: int) -> None:
 
 def module_intersect(runs: Sequence[Run], room: Sequence[Run]) -> tuple[Run, ...]:
     """Claims stay inside the space."""
-    return module.canonical(run for run in canonical(runs) if room and run.stop <= room[0].stop)
+    return canonical(run for run in canonical(runs) if room and run.stop <= room[0].stop)
 
 
 def rank(holders: Sequence[int], holder: int) -> int:

@@ -135,11 +135,11 @@ def test_sixteen_thousand_ranks_are_planned_within_a_second() -> None:
     layout = deal(space, range(16_384), 4096)
     survivors = [holder for holder in range(16_384) if holder % 2048]
     seconds = []
-    for _ in range(3):  # the best of three: the machine may be busy
-        start = time.perf_counter()
+    for _ in range(3):  # processor time, the best of three: the machine may be busy
+        start = time.process_time()
         after = fill_hole(layout.restrict(layout.holders), survivors, space, 4096)
         made = plan(layout, after)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert made.numel == sum(layout.numel(holder) for holder in range(0, 16_384, 2048))
     assert after.is_partition(space.numel)
     assert min(seconds) < 1.0
