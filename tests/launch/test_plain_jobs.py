@@ -20,12 +20,13 @@ ALL_REDUCE = """
 import os, torch, torch.distributed as dist
 dist.init_process_group("gloo")
 ones = torch.ones(1); dist.all_reduce(ones)
-print("SUM", int(ones), dist.get_rank(), os.environ["GROUP_RANK"], flush=True)
+os.write(1, f"SUM {int(ones)} {dist.get_rank()} {os.environ['GROUP_RANK']}\\n".encode())
 dist.destroy_process_group()
 """
 SLEEPS = """
 import os, sys, time
-print("up", os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"], os.getpid(), flush=True)
+said = ("up", os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"], str(os.getpid()))
+os.write(1, " ".join(said).encode() + b"\\n")  # print() writes a line in pieces
 """
 TWO_BY_TWO = ("--standalone", "--nnodes", "2", "--nproc-per-node", "2", "--heartbeat", "0.2")
 
@@ -104,7 +105,7 @@ def test_a_signal_ends_everything(
 
 
 def test_a_worker_that_ignores_sigterm_is_killed(start: Start, script: Script) -> None:
-    text = SLEEPS.replace("print", "import signal; signal.signal(15, signal.SIG_IGN); print")
+    text = "import signal\nsignal.signal(15, signal.SIG_IGN)\n" + SLEEPS
     job = start("--standalone", "--shutdown-timeout", "0.3", script(text + "time.sleep(60)\n"))
     job.wait_for(lambda: pids(job, 0))
     tree = job.tree()
