@@ -232,9 +232,11 @@ def conclude(args: argparse.Namespace, faults: Sequence[Fault], console: Console
     result = verdict(run, twin, faults)
     (args.out / "verdict.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     write_report(args.out / "report.html", run, twin)
-    console.print(table(run, faults))
+    console.print(table(run, faults, console.width))
+    for loss in result["unplanned"]:
+        console.print(f"not planned, at {loss}", style="yellow", highlight=False)
     for name, digest in result["sha256"].items():
-        console.print(f"sha256 {name:10}{digest}", highlight=False, soft_wrap=True)
+        console.print(f"sha256 {name:10} {digest}", highlight=False, soft_wrap=True)
     style = "bold green" if result["identical"] else "bold red"
     word = "identical, bit for bit" if result["identical"] else "NOT identical"
     losses = "" if result["losses_identical"] else "; the losses differ on the way"

@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from outlast.launch.timeline import PHASES, Fault, Outcome, RunRecord
+
+WIDE = 140
 
 
 def took_effect(outcome: Outcome, earlier: Sequence[Outcome]) -> bool:
@@ -58,6 +61,7 @@ def verdict(run: RunRecord, twin: RunRecord, faults: Sequence[Fault]) -> dict[st
             }
             for outcome in outcomes
         ],
+        "unplanned": unplanned(run, faults),
     }
 
 
@@ -68,26 +72,48 @@ def passed(result: dict[str, Any], planned: int) -> bool:
     return bool(same) and len(effective) == planned
 
 
-def table(run: RunRecord, faults: Sequence[Fault]) -> Table:
-    """One row per fault: what was lost, where its state came from, how long each phase took."""
-    shown = Table(title="Faults and recoveries (milliseconds)", title_justify="left")
-    for name in ("step", "event", "lost", "rung"):
-        shown.add_column(name, justify="right" if name == "step" else "left", overflow="fold")
-    for name in (*PHASES, "to commit", "steps redone"):
-        shown.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+def table(run: RunRecord, faults: Sequence[Fault], width: int) -> Table:
+    """One row per fault: what was lost, where its state came from, how long each phase took.
+
+    On a terminal of less than WIDE columns the same table is shown on its side.
+    """
+    names = ["step", "event", "lost", "rung", *(f"{phase} ms" for phase in PHASES)]
+    names += ["to commit ms", "steps redone"]
     outcomes = planned_outcomes(run, faults)
-    for outcome in outcomes:
-        if not took_effect(outcome, outcomes):
-            shown.add_row(str(run.step_at(outcome.time)), outcome.label, "no effect", style="red")
-            continue
-        commit = outcome.to_commit_ms
-        shown.add_row(
-            str(run.step_at(outcome.time)),
-            outcome.label,
-            outcome.lost,
-            outcome.rung,
-            *(f"{ms:.0f}" for ms in outcome.phases.values()),
-            f"{commit:.0f}" if commit is not None else "",
-            str(outcome.recovery.redone) if outcome.recovery else "",
-        )
+    rows = [_cells(run, outcome, took_effect(outcome, outcomes)) for outcome in outcomes]
+    shown = Table(title="Faults and recoveries", title_justify="left", box=SIMPLE_HEAD)
+    if width >= WIDE:
+        for index, name in enumerate(names):
+            right = index == 0 or index > 3
+            shown.add_column(name.replace(" ", "\n"), justify="right" if right else "left")
+        for row in rows:
+            shown.add_row(*row)
+    else:
+        shown.add_column("")
+        for row in rows:
+            shown.add_column(f"step {row[0]}")
+        for index, name in enumerate(names[1:], 1):
+            shown.add_row(name, *(row[index] for row in rows))
     return shown
+
+
+def _cells(run: RunRecord, outcome: Outcome, effective: bool) -> list[str]:
+    commit, recovery = outcome.to_commit_ms, outcome.recovery
+    return [
+        str(run.step_at(outcome.time)),
+        outcome.label,
+        outcome.lost if effective else "[red]no effect[/red]",
+        outcome.rung,
+        *(f"{ms:.0f}" for ms in outcome.phases.values()),
+        f"{commit:.0f}" if commit is not None else "",
+        str(recovery.redone) if recovery is not None else "",
+    ]
+
+
+def unplanned(run: RunRecord, faults: Sequence[Fault]) -> list[str]:
+    """Losses that nobody injected: they are recovered from like any other, and worth a look."""
+    return [
+        f"step {run.step_at(outcome.time)}: {outcome.label}"
+        for outcome in run.outcomes
+        if outcome.fault is not None and outcome.fault not in faults
+    ]

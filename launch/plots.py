@@ -190,6 +190,9 @@ def recovery_phases(run: RunRecord) -> str:
         ax.invert_yaxis()
         ax.margins(x=0.12)
         ax.set_xlabel("milliseconds")
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(PHASES), fontsize=9)
+        ax.legend(
+            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(PHASES), fontsize=9,
+            handlelength=1.2, columnspacing=1.2,
+        )  # fmt: skip
 
     return draw(1.2 + 0.36 * len(numbered), [1], paint)

@@ -68,11 +68,17 @@ def test_a_cascade_must_strike_within_the_recovery() -> None:
     assert took_effect(partly[2], partly)
 
 
-def test_the_table_has_a_row_per_fault() -> None:
+@pytest.mark.parametrize("width", [180, 100])
+def test_the_table_shows_every_fault(width: int) -> None:
     out = io.StringIO()
-    Console(file=out, width=200).print(table(story(FAULTS), FAULTS))
+    Console(file=out, width=width).print(table(story(FAULTS), FAULTS, width))
     for word in ("kill -9 of a worker", "1 worker of node1", "replica, memory", "parity", "500"):
         assert word in out.getvalue()
+
+
+def test_what_nobody_injected_is_told() -> None:
+    result = verdict(story(FAULTS[1:]), twin(), FAULTS[1:])
+    assert result["unplanned"] == ["step 3: 1 worker of node1 lost"]
 
 
 def test_the_training_understands_its_flags(tmp_path: Path) -> None:
