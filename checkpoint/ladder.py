@@ -1,15 +1,15 @@
 """The recovery ladder: from what the survivors still have to where every lost run comes from.
 
-`decide` is a pure function of the survivors' reports, so every rank computes the same recovery without asking anybody.
-It takes the newest step of which every element can be had, each lost run from the first rung that has it:
+`decide` is a pure function of the survivors' reports, so every rank computes the same recovery
+without asking anybody. It takes the newest step of which every element can be had, each lost run
+from the first rung that has it:
 
     replica   a live worker's own slot holds it
     memory    the worker is dead, its node's agent still has the slot
     parity    at most m members of the stripe are gone
 
-and refuses, by name, what no rung has. All rungs are exact: determinism makes all copies of a step equal, so copies of
-different generations may be mixed.
-"""
+and refuses, by name, what no rung has. All rungs are exact: determinism makes all copies of a
+step equal, so copies of different generations may be mixed."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,7 +78,8 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What every rank does next. `step` counts committed steps; `fresh` means nothing is stored yet."""
+    """What every rank does next. `step` counts committed steps; `fresh` means nothing is stored
+    yet."""
 
     step: int
     layout: Layout
@@ -102,7 +103,8 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
-    """What does not change during a job: the space, the grain, the shape of a slot, the ZeRO stage."""
+    """What does not change during a job: the space, the grain, the shape of a slot, the ZeRO
+    stage."""
 
     space: Space
     shape: StateShape
@@ -192,7 +194,10 @@ class _Attempt:
         for dst, runs in self.missing.items():
             for role in self.ladder.shape.roles:
                 found = [
-                    run for d in self.decodes for to, r, run in d.outputs if (to, r) == (dst, role.name)
+                    run
+                    for d in self.decodes
+                    for to, r, run in d.outputs
+                    if (to, r) == (dst, role.name)
                 ]
                 gone = union(gone, subtract(runs, found))
         return gone

@@ -1,15 +1,16 @@
 """The state of one worker in two slots of memory that outlives the worker.
 
-The memory is a memfd that the node's agent creates and keeps, so a worker that dies leaves it whole. It is laid out by
-address: element `a` of role `r` always lies at `base(half, r) + a * itemsize`, whoever owns it. The file is as long as
-the whole model and sparse, so that only owned runs cost memory, runs change hands without moving what stays, and a
-reader needs no table to find an element.
+The memory is a memfd that the node's agent creates and keeps, so a worker that dies leaves it
+whole. It is laid out by address: element `a` of role `r` always lies at `base(half, r) + a *
+itemsize`, whoever owns it. The file is as long as the whole model and sparse, so that only owned
+runs cost memory, runs change hands without moving what stays, and a reader needs no table to
+find an element.
 
-[Note: two halves] A step is written into the half that does not hold the previous step, and becomes real by one commit
-marker: an odd sequence number while the half is written, the next even one when it is whole, together with a record
-(step, generation, runs, checksums) that carries its own checksum. A worker killed at any instant leaves the other half
-committed. Parity units of other workers live in two halves of their own, by the same rule.
-"""
+[Note: two halves] A step is written into the half that does not hold the previous step, and
+becomes real by one commit marker: an odd sequence number while the half is written, the next
+even one when it is whole, together with a record (step, generation, runs, checksums) that
+carries its own checksum. A worker killed at any instant leaves the other half committed. Parity
+units of other workers live in two halves of their own, by the same rule."""
 
 import json
 import mmap
@@ -95,9 +96,7 @@ class StateMemory:
         self._map = mmap.mmap(self._fd, size)
         self._bytes: Bytes = np.frombuffer(self._map, dtype=np.uint8)
         view = memoryview(self._map)
-        self._marks = [
-            _Marked(view[i * _RECORD_BYTES : (i + 1) * _RECORD_BYTES]) for i in range(4)
-        ]
+        self._marks = [_Marked(view[i * _RECORD_BYTES : (i + 1) * _RECORD_BYTES]) for i in range(4)]
         self._base: dict[tuple[int, str], int] = {}
         offset = 4 * _RECORD_BYTES
         for half in HALVES:
@@ -150,8 +149,9 @@ class StateMemory:
             os.posix_fallocate(self._fd, begin, length)
         except OSError as cause:
             raise Misuse(
-                f"no memory for {length / 2**20:.1f} MiB of snapshot on this node ({cause.strerror}): "
-                "free memory, raise the limit of the job, or use more nodes or ZeRO 1 or 2"
+                f"no memory for {length / 2**20:.1f} MiB of snapshot on this node "
+                f"({cause.strerror}): free memory, raise the limit of the job, or use more nodes "
+                "or ZeRO 1 or 2"
             ) from cause
         try:
             self._map.madvise(_POPULATE_WRITE, begin, length)
@@ -223,4 +223,4 @@ class StateMemory:
 
 def checksum(data: Bytes | bytes) -> int:
     """xxh3-64 of contiguous bytes."""
-    return xxhash.xxh3_64_intdigest(data)
+    return xxhash.xxh3_64_intdigest(memoryview(data))

@@ -1,8 +1,10 @@
-"""The erasure code over the snapshot streams of a stripe, and where a stream's bytes lie in the map.
+"""The erasure code over the snapshot streams of a stripe, and where a stream's bytes lie in the
+map.
 
-A worker's *stream* is its state in a fixed order: role by role, run by run. Stripes cut streams into units of equal
-length; parity unit `row` of a stripe is a linear combination of its data units. Row 0 is their XOR, so m = 1 needs
-nothing else (REFT, arXiv 2310.12670; Gropp, Ross and Miller's layout).
+A worker's *stream* is its state in a fixed order: role by role, run by run. Stripes cut streams
+into units of equal length; parity unit `row` of a stripe is a linear combination of its data
+units. Row 0 is their XOR, so m = 1 needs nothing else (REFT, arXiv 2310.12670; Gropp, Ross and
+Miller's layout).
 
 >>> code = Code(k=2, m=1)
 >>> a, b = np.array([1, 2], np.uint8), np.array([5, 0], np.uint8)
@@ -38,11 +40,13 @@ class Code:
             raise Misuse(f"only one parity unit per stripe is available, not m = {self.m}")
 
     def encode(self, data: Sequence[Bytes], parity: Sequence[Bytes]) -> None:
-        """Fill the `m` parity units from `k` data units; shorter data units count as zero padded."""
-        assert len(data) == self.k and len(parity) == self.m
+        """Fill the `m` parity units from `k` data units; shorter data units count as zero padded.
+        assert len(data) == self.k and len(parity) == self.m"""
         _xor(data, parity[0])
 
-    def decode(self, data: Sequence[Bytes], parity: Mapping[int, Bytes], lost: Sequence[Bytes]) -> None:
+    def decode(
+        self, data: Sequence[Bytes], parity: Mapping[int, Bytes], lost: Sequence[Bytes]
+    ) -> None:
         """Fill the `lost` data units from the data units that are left and parity units by row.
 
         Raises:

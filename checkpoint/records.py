@@ -1,8 +1,7 @@
 """What a slot, a parity half and a survivor say about themselves, as plain values.
 
-These records travel through shared memory and between ranks as JSON, so everything here is a number, a string, or a list
-of them; runs are written as pairs [start, stop).
-"""
+These records travel through shared memory and between ranks as JSON, so everything here is a
+number, a string, or a list of them; runs are written as pairs [start, stop)."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass

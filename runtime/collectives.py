@@ -1,14 +1,14 @@
 """Collectives that move bytes between the ranks of one generation, and can be interrupted.
 
-Nothing here adds numbers: that is `fold`. Every transfer is an all-to-all of bytes, so NCCL and gloo are
-interchangeable, and the backend follows the device of the tensors.
+Nothing here adds numbers: that is `fold`. Every transfer is an all-to-all of bytes, so NCCL and
+gloo are interchangeable, and the backend follows the device of the tensors.
 
-[Note: interrupting] torch's `abort` does nothing on gloo: a survivor of a dead peer would sit in its collective until the
-timeout. So a gloo group is interrupted by shutting down its TCP connections, from any thread. A half-sent message can still leave an operation hanging (gloo forgets to fail it),
-therefore nobody blocks in `wait`: it is called in short slices and given up once the group is interrupted. An operation
-that was given up still owns its buffers, so the group and they are parked until it completes. NCCL has `abort` and needs
-none of this.
-"""
+[Note: interrupting] torch's `abort` does nothing on gloo: a survivor of a dead peer would sit in
+its collective until the timeout. So a gloo group is interrupted by shutting down its TCP
+connections, from any thread. A half-sent message can still leave an operation hanging (gloo
+forgets to fail it), therefore nobody blocks in `wait`: it is called in short slices and given up
+once the group is interrupted. An operation that was given up still owns its buffers, so the
+group and they are parked until it completes. NCCL has `abort` and needs none of this."""
 
 import json
 import os
@@ -46,19 +46,19 @@ class Pending:
             GenerationChanged: the generation was interrupted meanwhile.
             PeerLost: a peer closed its connection.
         """
-        slice_ = timedelta(seconds=self._owner.timing.poll_s)
+        poll = timedelta(seconds=self._owner.timing.poll_s)
         deadline = time.monotonic() + self._owner.timing.collective_s
-        while True:
+        ended = False
+        while not ended:
+            ended = self.done  # asked before: the slice of an operation that just ended may expire
             try:
-                self._work.wait(slice_)
+                self._work.wait(poll)
                 break
             except RuntimeError as cause:
                 if self._owner.interrupted:
                     raise GenerationChanged("interrupted in a collective") from cause
-                if self._work.is_completed():
+                if ended or time.monotonic() > deadline:
                     raise PeerLost(str(cause)) from cause
-                if time.monotonic() > deadline:
-                    raise PeerLost(f"no progress: {cause}") from cause
         if self._owner.interrupted:
             # Aborted NCCL kernels "complete" with garbage: the mark was set before the abort.
             raise GenerationChanged("interrupted in a collective")
@@ -74,7 +74,12 @@ class Communicator:
     """
 
     def __init__(
-        self, generation: int, group: Any, device: torch.device, timing: Timing, interrupt: Callable[[], None]
+        self,
+        generation: int,
+        group: Any,
+        device: torch.device,
+        timing: Timing,
+        interrupt: Callable[[], None],
     ) -> None:
         self.generation, self.device, self.timing = generation, device, timing
         self.rank: int = group.rank()
@@ -84,7 +89,9 @@ class Communicator:
         self._interrupt = interrupt
         self._pending: set[Pending] = set()
 
-    def exchange(self, output: Tensor, input: Tensor, received: list[int], sent: list[int]) -> Pending:
+    def exchange(
+        self, output: Tensor, input: Tensor, received: list[int], sent: list[int]
+    ) -> Pending:
         """Start an all-to-all of uint8 vectors; `received` and `sent` are bytes per rank."""
         self._check()
         work = self._group.alltoall_base(output, input, received, sent, AllToAllOptions())
@@ -123,7 +130,8 @@ class Communicator:
         self._interrupt()
 
     def retired(self) -> bool:
-        """Whether nothing of an interrupted group is in flight any more, so that it may be dropped."""
+        """Whether nothing of an interrupted group is in flight any more, so that it may be
+        dropped."""
         self._pending = {pending for pending in self._pending if not pending.done}
         return not self._pending
 
@@ -167,7 +175,13 @@ class Graveyard:
 
 
 def connect(
-    store: RendezvousStore, generation: int, rank: int, size: int, device: torch.device, host: str, timing: Timing
+    store: RendezvousStore,
+    generation: int,
+    rank: int,
+    size: int,
+    device: torch.device,
+    host: str,
+    timing: Timing,
 ) -> Communicator:
     """Join the group of a generation with the backend that serves `device`.
 
@@ -189,7 +203,7 @@ def _gloo(
     store: RendezvousStore, rank: int, size: int, device: torch.device, host: str, timing: Timing
 ) -> tuple[Any, Callable[[], None]]:
     """A gloo group and its interrupt, see [Note: interrupting]."""
-    options = ProcessGroupGloo._Options()
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [ProcessGroupGloo.create_device(hostname=host, lazy_init=False)]
     options._timeout = timedelta(seconds=timing.rebuild_s)
     options._threads = 2

@@ -1,9 +1,9 @@
 """What besides the data decides the bits: threads, instruction set, library switches.
 
-Reductions inside a kernel may be cut by the number of threads, and kernels differ between instruction sets, so both are
-pinned for the life of a process, are the same on all ranks, and travel with the state. A difference is no error, only no
-longer the same numbers: it is a warning that says so.
-"""
+Reductions inside a kernel may be cut by the number of threads, and kernels differ between
+instruction sets, so both are pinned for the life of a process, are the same on all ranks, and
+travel with the state. A difference is no error, only no longer the same numbers: it is a warning
+that says so."""
 
 import os
 import random

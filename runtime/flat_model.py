@@ -1,9 +1,8 @@
 """A model whose parameters are views of one flat buffer, laid out by the address space.
 
-The buffer holds the working parameters: those that forward and backward use, whole on every rank in ZeRO 0 to 2.
-Gradients of one leaf are views of a second buffer, which is emptied before each leaf, so that a parameter that a leaf did
-not use has a zero gradient and needs no special case.
-"""
+The buffer holds the working parameters: those that forward and backward use, whole on every rank
+in ZeRO 0 to 2. Gradients of one leaf are views of a second buffer, which is emptied before each
+leaf, so that a parameter that a leaf did not use has a zero gradient and needs no special case."""
 
 import hashlib
 import re
@@ -107,7 +106,7 @@ def _check(module: nn.Module, trained: dict[str, nn.Parameter]) -> None:
     for name, part in module.named_modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats:
             raise Misuse(
-                f"{name or type(part).__name__} keeps running statistics of the samples its rank saw, so "
-                "results would depend on the world size: use GroupNorm or LayerNorm, or "
+                f"{name or type(part).__name__} keeps running statistics of the samples its rank "
+                "saw, so results would depend on the world size: use GroupNorm or LayerNorm, or "
                 "track_running_stats=False"
             )

@@ -1,12 +1,12 @@
 """The only place where gradients of different ranks are added.
 
-Every rank sends the nodes of the leaf tree that it holds, cut by owner; the owner of an interval adds them in tree order.
-The sum is therefore the same whoever computed which leaf and however many ranks there were. Sums over elements, such as
-the gradient norm, are taken per grain, a stretch of the unit that no cut ever divides, and then added exactly.
+Every rank sends the nodes of the leaf tree that it holds, cut by owner; the owner of an interval
+adds them in tree order. The sum is therefore the same whoever computed which leaf and however
+many ranks there were. Sums over elements, such as the gradient norm, are taken per grain, a
+stretch of the unit that no cut ever divides, and then added exactly.
 
-[Note: buckets] The address space is worked through in buckets, two in flight, so that communication buffers stay small
-against the model; padding and packing live in them alone.
-"""
+[Note: buckets] The address space is worked through in buckets, two in flight, so that
+communication buffers stay small against the model; padding and packing live in them alone."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +39,8 @@ def buckets(space: Space, layout: Layout, holders: Sequence[int]) -> tuple[Bucke
     for start in range(0, space.numel, BUCKET):
         window = [Run.of(start, min(start + BUCKET, space.numel))]
         pieces = tuple(
-            tuple(pair for run in intersect(mine, window) for pair in run.intervals()) for mine in runs
+            tuple(pair for run in intersect(mine, window) for pair in run.intervals())
+            for mine in runs
         )
         found.append(Bucket(pieces, tuple(sum(b - a for a, b in mine) for mine in pieces)))
     return tuple(found)

@@ -1,8 +1,9 @@
-"""Finished leaves of the step in flight: nodes of the leaf tree with their gradient sums and losses.
+"""Finished leaves of the step in flight: nodes of the leaf tree with their gradient sums and
+losses.
 
-The sums are local and survive a change of the generation, so a survivor never computes a leaf twice. Each node costs one
-float32 buffer of the model's size; a rank that computes n leaves in order holds at most log2(n) + 1 of them.
-"""
+The sums are local and survive a change of the generation, so a survivor never computes a leaf
+twice. Each node costs one float32 buffer of the model's size; a rank that computes n leaves in
+order holds at most log2(n) + 1 of them."""
 
 import torch
 from torch import Tensor

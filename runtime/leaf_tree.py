@@ -1,9 +1,10 @@
 """The fixed binary tree over the leaves of a step, and who computes which leaf.
 
-A step has `leaves` micro-batches, a power of two. Their gradients are added along one complete binary tree that only
-depends on that number: node (level, index) is the sum of leaves [index << level, (index + 1) << level). A rank adds its
-own leaves as far as the tree allows and keeps the maximal nodes; whoever owns an interval of the model adds the rest in
-tree order. Addition of two floats is commutative, so fixing the association fixes the bits.
+A step has `leaves` micro-batches, a power of two. Their gradients are added along one complete
+binary tree that only depends on that number: node (level, index) is the sum of leaves [index <<
+level, (index + 1) << level). A rank adds its own leaves as far as the tree allows and keeps the
+maximal nodes; whoever owns an interval of the model adds the rest in tree order. Addition of two
+floats is commutative, so fixing the association fixes the bits.
 
 >>> push(push((), 0), 1)
 ((1, 0),)
@@ -19,7 +20,7 @@ Node = tuple[int, int]
 
 
 def push(nodes: Sequence[Node], leaf: int) -> tuple[Node, ...]:
-    """Nodes a rank holds after it finished `leaf`, the newest node merged with its left siblings."""
+    """Nodes a rank holds after it finished `leaf`, the newest merged with its left siblings."""
     held = list(nodes)
     node = (0, leaf)
     while held and node[1] & 1 and held[-1] == (node[0], node[1] - 1):

@@ -1,9 +1,9 @@
 """The worker's line to its agent: views and rendezvous keys come in, memory and events go out.
 
-One thread listens. A new view interrupts the running generation at once and is connected in a thread of its own, so that
-the main thread, which may be deep in somebody's forward pass, finds the new group ready when it comes up for air.
-`SoloLink` is the same line for a process that no agent started: a job of one.
-"""
+One thread listens. A new view interrupts the running generation at once and is connected in a
+thread of its own, so that the main thread, which may be deep in somebody's forward pass, finds
+the new group ready when it comes up for air. `SoloLink` is the same line for a process that no
+agent started: a job of one."""
 
 import base64
 import contextlib
@@ -244,7 +244,9 @@ class AgentLink:
             communicator.gather_bytes(b"")  # the generation is up once every rank was heard
         except (PeerLost, GenerationChanged) as cause:
             if not self.superseded(generation):
-                self.send(kind="event", event="connect_failed", generation=generation, cause=str(cause))
+                self.send(
+                    kind="event", event="connect_failed", generation=generation, cause=str(cause)
+                )
             return
         with self._state:
             if self._view is not view:

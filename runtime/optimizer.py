@@ -1,9 +1,10 @@
-"""Any element-wise torch optimizer, run on the owned runs only, out of the old half into the new one.
+"""Any element-wise torch optimizer, run on the owned runs only, out of the old half into the new
+one.
 
-ZeRO needs an optimizer that treats every element by itself: then it does not matter who owns which element. Whether a
-given optimizer is of that kind is found out by experiment, see `discover`; the same experiment tells which state it keeps
-per element (these become roles of the state memory) and which per tensor (these are kept as numbers).
-"""
+ZeRO needs an optimizer that treats every element by itself: then it does not matter who owns
+which element. Whether a given optimizer is of that kind is found out by experiment, see
+`discover`; the same experiment tells which state it keeps per element (these become roles of the
+state memory) and which per tensor (these are kept as numbers)."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -53,8 +54,9 @@ def discover(factory: OptimizerFactory, device: torch.device) -> OptimizerState:
         raise Misuse(f"the optimizer does not run on flat shards: {cause}") from cause
     if not torch.equal(whole[0].detach(), torch.cat([half.detach() for half in halves])):
         raise Misuse(
-            f"{type(one).__name__} is not element-wise: cutting a tensor changes its result, so it cannot be "
-            "sharded exactly. Use one that treats every element by itself, such as AdamW, SGD or Lion"
+            f"{type(one).__name__} is not element-wise: cutting a tensor changes its result, so it "
+            "cannot be sharded exactly. Use one that treats every element by itself, such as "
+            "AdamW, SGD or Lion"
         )
     state = one.state[whole[0]]
     tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
@@ -131,12 +133,18 @@ class ShardOptimizer:
         for parameter in self._parameters if started else ():
             assert self._optimizer is not None
             self._optimizer.state[parameter] = {
-                key: sample.clone().fill_(scalars[key]) if isinstance(sample, Tensor) else scalars[key]
+                key: sample.clone().fill_(scalars[key])
+                if isinstance(sample, Tensor)
+                else scalars[key]
                 for key, sample in self.state.scalars.items()
             }
 
     def step(
-        self, views: Sequence[Tensor], roles: Sequence[dict[str, Tensor]], grads: Sequence[Tensor], rate: float
+        self,
+        views: Sequence[Tensor],
+        roles: Sequence[dict[str, Tensor]],
+        grads: Sequence[Tensor],
+        rate: float,
     ) -> dict[str, float]:
         """Update in place.
 

@@ -1,9 +1,10 @@
-"""Entering a generation: report, decide, move, resume. The same path starts a job, heals a joiner and recovers a loss.
+"""Entering a generation: report, decide, move, resume. The same path starts a job, heals a
+joiner and recovers a loss.
 
-All ranks exchange what they still hold, and each computes the same decision from it (`Ladder.decide`). Two rounds of
-transfers follow: the units that decoders need, then every run to its new owner. What a rank holds stays valid while it
-receives, so a second loss at any point starts over with the new survivors and loses nothing.
-"""
+All ranks exchange what they still hold, and each computes the same decision from it
+(`Ladder.decide`). Two rounds of transfers follow: the units that decoders need, then every run
+to its new owner. What a rank holds stays valid while it receives, so a second loss at any point
+starts over with the new survivors and loses nothing."""
 
 import os
 import time
@@ -61,8 +62,12 @@ def join(training: Training, fingerprint: str) -> None:
         entered = generation.view.generation
         try:
             _Entry(training, generation, fingerprint).run()
-        except (GenerationChanged, PeerLost):
-            continue  # a further loss: the ladder is entered again with what is left
+        except (GenerationChanged, PeerLost) as cause:
+            # A further loss: the ladder is entered again with what is left.
+            training.link.send(
+                kind="event", event="recovery_interrupted", generation=entered, cause=str(cause)
+            )
+            continue
         except StateLost:
             if not _unread_memories(generation):
                 raise
@@ -103,7 +108,7 @@ class _Entry:
         half = self._move(decision)
         moved = time.time()
         redone = max(0, training.committed - decision.step)
-        kept, leaves_kept = self._resume(decision, reports, half)
+        leaves_kept = self._resume(decision, reports, half)
         resumed = time.time()
         generation = self.generation
         phases = {
@@ -297,7 +302,9 @@ class _Entry:
         """One all-to-all of byte vectors; returns what came, by rank."""
         device = self.communicator.device
         flat = [part for parts in sent for part in parts]
-        input = torch.cat(flat).to(device) if flat else torch.empty(0, dtype=torch.uint8, device=device)
+        input = (
+            torch.cat(flat).to(device) if flat else torch.empty(0, dtype=torch.uint8, device=device)
+        )
         output = torch.empty(sum(expected), dtype=torch.uint8, device=device)
         sizes = [sum(part.numel() for part in parts) for parts in sent]
         self.communicator.exchange(output, input, expected, sizes).wait()
@@ -328,11 +335,9 @@ class _Entry:
     ) -> dict[tuple[str, Run], Tensor]:
         source, stripe, row = decode.unit
         parity = self.parity[source]
-        unit = next(
-            u for u in parity.source.record.units if (u.stripe, u.row) == (stripe, row)
-        )
-        size = sum(u.length for u in parity.memory.parity_record(parity.half).units)  # type: ignore[union-attr]
-        home = parity.memory.parity(parity.half, size)[unit.offset : unit.offset + unit.length]
+        unit = next(u for u in parity.source.record.units if (u.stripe, u.row) == (stripe, row))
+        end = unit.offset + unit.length
+        home = parity.memory.parity(parity.half, end)[unit.offset :]
         data = [
             torch.cat(
                 [arrived.take(part.src, part.run.numel * widths[part.role]) for part in parts]
@@ -380,9 +385,7 @@ class _Entry:
 
     # How it goes on
 
-    def _resume(
-        self, decision: Recovery, reports: Sequence[Report], half: int
-    ) -> tuple[dict[int, tuple[Node, ...]], int]:
+    def _resume(self, decision: Recovery, reports: Sequence[Report], half: int) -> int:
         """Adopt the state, gather the parameters, deal the leaves that are missing."""
         training, holder = self.training, self.training.link.identity.holder
         step = decision.step
@@ -410,7 +413,7 @@ class _Entry:
         if training.settings.parity:
             training.membership.redundancy.schedule()
             training.membership.redundancy.start()
-        return kept, len(taken)
+        return len(taken)
 
 
 class _Streams:
@@ -426,9 +429,7 @@ class _Streams:
         return self._parts[rank][at : at + size]
 
 
-def _slice(
-    rebuilt: dict[tuple[str, Run], Tensor], role: str, run: Run, itemsize: int
-) -> Tensor:
+def _slice(rebuilt: dict[tuple[str, Run], Tensor], role: str, run: Run, itemsize: int) -> Tensor:
     """Bytes of `run`, which lies within one rebuilt run of its role."""
     for (name, home), data in rebuilt.items():
         if name == role and home.start <= run.start and run.stop <= home.stop:
@@ -442,14 +443,14 @@ def _compare(reports: Sequence[Report]) -> None:
     for report in reports[1:]:
         if report.model != first.model:
             raise Misuse(
-                f"rank {report.rank} ({report.node}) and rank 0 ({first.node}) start from different models: "
-                "parameters must have the same names, shapes and initial values on every rank. Build the model "
-                "after outlast.init(seed=...), without random numbers or settings that depend on the rank"
+                f"rank {report.rank} ({report.node}) and rank 0 ({first.node}) start from "
+                "different models: parameters must have the same names, shapes and initial values "
+                "on every rank. Build the model after outlast.init(seed=...), without random "
+                "numbers or settings that depend on the rank"
             )
         if report.numerics != first.numerics:
             warnings.warn(
-                f"rank {report.rank} computes with {report.numerics}, rank 0 with {first.numerics}: results "
-                "will depend on which rank computes what",
+                f"rank {report.rank} computes with {report.numerics}, rank 0 with "
+                f"{first.numerics}: results will depend on which rank computes what",
                 stacklevel=2,
             )
-

@@ -1,10 +1,10 @@
 """Parity of every step, exchanged while the next step computes.
 
-After step s is gathered, every rank sends the pieces of its stream to the encoders of their stripes, one all-to-all that
-runs beside forward and backward. `finish` encodes and commits the parity. No rank starts the next update before it has
-finished, and the exchange of norms that precedes every update tells it that all others have, too: so there is always one
-step that every loss within the code can be restored to.
-"""
+After step s is gathered, every rank sends the pieces of its stream to the encoders of their
+stripes, one all-to-all that runs beside forward and backward. `finish` encodes and commits the
+parity. No rank starts the next update before it has finished, and the exchange of norms that
+precedes every update tells it that all others have, too: so there is always one step that every
+loss within the code can be restored to."""
 
 from collections.abc import Mapping, Sequence
 

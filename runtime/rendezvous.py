@@ -1,15 +1,15 @@
 """Rendezvous keys of the data plane, carried by the authenticated control plane.
 
-A process group finds its peers through a store. torch's TCPStore is a server without authentication in one process,
-whose death takes the job along; here a key that a rank sets goes to its agent, from there to all agents, and from each to
-its workers. A store belongs to one generation, so there is nothing to migrate and nothing to clean up.
-"""
+A process group finds its peers through a store. torch's TCPStore is a server without
+authentication in one process, whose death takes the job along; here a key that a rank sets goes
+to its agent, from there to all agents, and from each to its workers. A store belongs to one
+generation, so there is nothing to migrate and nothing to clean up."""
 
 import threading
 from collections.abc import Callable
 from datetime import timedelta
 
-from torch.distributed import Store
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from outlast.cluster.errors import GenerationChanged, PeerLost
 

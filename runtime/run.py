@@ -8,10 +8,9 @@
                 step.backward(loss_fn(model, batch))
         run.log(loss=step.loss)
 
-The body of the loop over batches runs once for each leaf this rank owes. When a peer is lost, the loop simply goes on
-longer: with the leaves of the lost rank, or with those of a step that has to be done again. When it ends, the step is
-committed on every rank.
-"""
+The body of the loop over batches runs once for each leaf this rank owes. When a peer is lost,
+the loop simply goes on longer: with the leaves of the lost rank, or with those of a step that
+has to be done again. When it ends, the step is committed on every rank."""
 
 import hashlib
 import os
@@ -62,9 +61,7 @@ def init(*, seed: int = 0, leaves: int = 8, weight: float = 1.0, threads: int = 
     pin(threads)
     seed_all(seed)
     found = environment()
-    link: Link = (
-        SoloLink() if found.agent_fd is None else AgentLink(found.agent_fd, found.latch_fd)
-    )
+    link: Link = SoloLink() if found.agent_fd is None else AgentLink(found.agent_fd, found.latch_fd)
     return Run(link, settings)
 
 
@@ -223,12 +220,13 @@ class Step:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> bool:
-        return False
+    ) -> None:
+        return None
 
     @property
     def index(self) -> int:
-        """Number of the step that is being computed, from 0; lower while a lost one is made again."""
+        """Number of the step that is being computed, from 0; lower while a lost one is made
+        again."""
         return min(self._run.training.committed, self._target - 1)
 
     @property
@@ -280,9 +278,7 @@ class Step:
             seed_all(leaf_seed(settings.seed, step, leaf))
             if not hasattr(data, "__getitem__"):
                 return data(step, leaf)
-            chosen = samples(
-                settings.seed, step, leaf, settings.leaves, batch_size, len(data)
-            )
+            chosen = samples(settings.seed, step, leaf, settings.leaves, batch_size, len(data))
             return collate([data[index] for index in chosen])
 
         return make

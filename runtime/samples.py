@@ -1,8 +1,10 @@
-"""Which samples a leaf of a step reads: a pure function of (seed, step, leaf), whatever the world size.
+"""Which samples a leaf of a step reads: a pure function of (seed, step, leaf), whatever the
+world size.
 
-The data set is read in epochs. Every epoch is a permutation of its indices, computed one index at a time by a keyed
-Feistel network with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), so that no rank
-stores a permutation and the order does not depend on the version of any library.
+The data set is read in epochs. Every epoch is a permutation of its indices, computed one index
+at a time by a keyed Feistel network with cycle walking (Black and Rogaway, "Ciphers with
+arbitrary finite domains", 2002), so that no rank stores a permutation and the order does not
+depend on the version of any library.
 
 >>> sorted(permuted(i, 10, key=7) for i in range(10))
 [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]

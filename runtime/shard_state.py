@@ -1,9 +1,9 @@
 """The owned part of the state: parameters or their fp32 master, and the optimizer's moments.
 
-On the CPU the live state is the snapshot: an update copies the old half of the state memory to the new one and runs the
-optimizer there, so the old step stays whole and a roll-back costs nothing. On CUDA the live state is on the device and
-`seal` copies it to the pinned half on a side stream, while the next forward and backward run.
-"""
+On the CPU the live state is the snapshot: an update copies the old half of the state memory to
+the new one and runs the optimizer there, so the old step stays whole and a roll-back costs
+nothing. On CUDA the live state is on the device and `seal` copies it to the pinned half on a
+side stream, while the next forward and backward run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -43,9 +43,7 @@ class ShardState:
         self.runs: list[Run] = []
         self.half = 0
         self.step = -1
-        self._arrays = [
-            {r.name: self._tensor(half, r) for r in self.roles} for half in (0, 1)
-        ]
+        self._arrays = [{r.name: self._tensor(half, r) for r in self.roles} for half in (0, 1)]
 
     def _tensor(self, half: int, role: Role) -> Tensor:
         return torch.from_numpy(self.memory.array(half, role)).view(_DTYPES[role.dtype])
@@ -81,7 +79,9 @@ class ShardState:
                 self.host(self.half, role.name, run).copy_(self.host(old, role.name, run))
         change({role.name: self.live(role.name) for role in self.roles})
 
-    def commit(self, step: int, generation: int, scalars: dict[str, float], losses: list[float]) -> None:
+    def commit(
+        self, step: int, generation: int, scalars: dict[str, float], losses: list[float]
+    ) -> None:
         """The opened half is step `step` from now on."""
         self.step = step
         self._publish(self.half, self.owned, generation, scalars, losses)
@@ -90,7 +90,12 @@ class ShardState:
         """Make sure that the newest step is committed in host memory."""
 
     def publish(
-        self, half: int, record: SlotRecord, received: Sequence[Run], owned: tuple[Run, ...], generation: int
+        self,
+        half: int,
+        record: SlotRecord,
+        received: Sequence[Run],
+        owned: tuple[Run, ...],
+        generation: int,
     ) -> None:
         """Commit a half again: runs were added to what it held, and ownership was dealt anew."""
         sums = self.memory.sums(half, received)
@@ -139,7 +144,8 @@ class DeviceState(ShardState):
                 _pin(self.host(0, role.name, run))
                 _pin(self.host(1, role.name, run))
             self._live[role.name] = {
-                run: self.host(half, role.name, run).to(self._device, copy=True) for run in self.runs
+                run: self.host(half, role.name, run).to(self._device, copy=True)
+                for run in self.runs
             }
 
     def live(self, role: str) -> list[Tensor]:
@@ -157,7 +163,9 @@ class DeviceState(ShardState):
         self.memory.begin(self.half)
         change({role.name: self.live(role.name) for role in self.roles})
 
-    def commit(self, step: int, generation: int, scalars: dict[str, float], losses: list[float]) -> None:
+    def commit(
+        self, step: int, generation: int, scalars: dict[str, float], losses: list[float]
+    ) -> None:
         self.step = step
         half, owned = self.half, self.owned
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -186,4 +194,6 @@ def _pin(host: Tensor) -> None:
 
 def shard_state(memory: StateMemory, space: Space, device: torch.device) -> ShardState:
     """The state that suits `device`."""
-    return DeviceState(memory, space, device) if device.type == "cuda" else ShardState(memory, space)
+    return (
+        DeviceState(memory, space, device) if device.type == "cuda" else ShardState(memory, space)
+    )

@@ -1,12 +1,14 @@
 """A step as a transaction: leaves, fold, update, commit, gather.
 
-[Note: commit rule] A rank commits its half of step s *before* it sends the new parameters; a rank that has gathered all
-parameters has *done* step s. So once anybody has done s, everybody has committed s, the dead included. Parity of s is
-exchanged while step s + 1 computes; no rank starts the update of s + 1, which overwrites the half of s - 1, before the
-parity of s is complete on every rank. So some step can always be restored exactly, s or s - 1, and determinism makes the
-rest again.
+[Note: commit rule] A rank commits its half of step s *before* it sends the new parameters; a
+rank that has gathered all parameters has *done* step s. So once anybody has done s, everybody
+has committed s, the dead included. Parity of s is exchanged while step s + 1 computes; no rank
+starts the update of s + 1, which overwrites the half of s - 1, before the parity of s is
+complete on every rank. So some step can always be restored exactly, s or s - 1, and determinism
+makes the rest again.
 
-Steps are counted by commits: `committed` is the number of steps that are done, and the index of the one in flight.
+Steps are counted by commits: `committed` is the number of steps that are done, and the index of
+the one in flight.
 """
 
 import json
@@ -175,7 +177,9 @@ class Training:
         self.model.gathered_gradients(flat)
         self.model.release_gradients()
         if not self._loss:
-            raise Misuse("the loop over step.batches() must call step.backward(loss) for each batch")
+            raise Misuse(
+                "the loop over step.batches() must call step.backward(loss) for each batch"
+            )
         if not direct:
             target.copy_(flat)
         self.stack.push(leaf, target, sum(float(loss) for loss in self._loss))
@@ -207,7 +211,9 @@ class Training:
         if self.settings.clip is not None:
             gradient.mul_(min(1.0, self.settings.clip / (self.norm + 1e-6)))
         if self.ladder.replicated:
-            whole = torch.empty(self.model.space.numel, dtype=torch.float32, device=self.model.device)
+            whole = torch.empty(
+                self.model.space.numel, dtype=torch.float32, device=self.model.device
+            )
             spread(communicator, now.plan, gradient, whole)
             gradient = whole
         self._update(gradient, index, losses)
@@ -248,7 +254,8 @@ class Training:
 
         def change(live: dict[str, list[Tensor]]) -> None:
             moments = [
-                {name: live[name][i] for name in self.optimizer.state.roles} for i in range(len(runs))
+                {name: live[name][i] for name in self.optimizer.state.roles}
+                for i in range(len(runs))
             ]
             scalars.update(self.optimizer.step(live[self.primary], moments, grads, rate))
 
@@ -268,11 +275,13 @@ class Training:
         else:
             owned = torch.cat(live) if live else out_of_nothing(self.model.device)
             now = self.membership
-            spread(now.generation.communicator, now.plan, owned.to(self.model.dtype), self.model.param)
+            spread(
+                now.generation.communicator, now.plan, owned.to(self.model.dtype), self.model.param
+            )
         self.gathered = step
 
     def _clean_up(self, now: Membership) -> None:
-        """Two commits after a recovery nothing refers to older layouts or dead memories any more."""
+        """Two commits after a recovery nothing refers to older layouts or dead memories."""
         if self.committed == self.restored + 2:
             self.state.trim()
             if now.generation.communicator.rank == now.holders.index(self._first_of_node(now)):
@@ -290,7 +299,11 @@ class Training:
             for values in self.state.live(role):
                 use(values)
             return
-        values = torch.cat(self.state.live(role)) if self.state.runs else out_of_nothing(self.model.device)
+        values = (
+            torch.cat(self.state.live(role))
+            if self.state.runs
+            else out_of_nothing(self.model.device)
+        )
         dtype = self.state.dtype(role)
         whole = torch.empty(self.model.space.numel, dtype=dtype, device=self.model.device)
         spread(now.generation.communicator, now.plan, values.to(dtype), whole)
