@@ -7,7 +7,6 @@ change. Invariant: the outcome is set once, and from then on nothing that happen
 """
 
 import asyncio
-import contextlib
 import os
 import secrets
 import socket
@@ -27,12 +26,14 @@ from outlast.launch.link import Message
 from outlast.launch.metrics_log import MetricsLog
 from outlast.launch.plain_job import PlainJob
 from outlast.launch.progress import Progress
+from outlast.launch.task import watched
 from outlast.launch.torch_environment import restart_round
 from outlast.launch.worker_desk import WorkerDesk
 from outlast.launch.worker_process import WorkerProcess, exit_text
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
+EXIT_INTERNAL = 70  # EX_SOFTWARE
 EXIT_NO_QUORUM = 75  # EX_TEMPFAIL: a scheduler may start the job again from its checkpoint
 
 
@@ -56,7 +57,6 @@ class Agent:
         self.grace_s = self.timing.grace_s if grace_s is None else grace_s
         self.agent, self.node = secrets.token_hex(8), config.node
         directory = Path(config.log_dir)
-        directory.mkdir(parents=True, exist_ok=True)
         self.events = EventLog(directory, self.node, self.agent)
         self.metrics = MetricsLog(directory / "metrics.jsonl")
         self.progress = Progress(console, config.job, config.log_dir, self.agent)
@@ -102,7 +102,7 @@ class Agent:
         try:
             await self.mesh.start()
             self.event("started", pid=os.getpid())
-            ticking = asyncio.create_task(self.crew.keep_pinging(self.timing))
+            ticking = watched(self.crew.keep_pinging(self.timing))
             outcome = await self.outcome
         except Misuse as error:
             outcome = Outcome(EXIT_REFUSED, str(error))
@@ -111,8 +111,7 @@ class Agent:
             for task in (ticking, self._plain.restarting):
                 if task is not None:
                     task.cancel()
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await task
+                    await asyncio.wait([task])
         await self.crew.stop(self.grace_s if outcome.graceful else 0)
         if outcome.code in (0, EXIT_FAILED):
             # The end of the job is on its way to the others: it must not be overtaken by our own.

@@ -80,6 +80,10 @@ def launch(**options: Any) -> None:
     """Run SCRIPT on this node, as torchrun does; what follows SCRIPT is its own."""
     config = config_from_options(options)
     key = job_key(options["job_key_file"], config)
+    try:
+        Path(config.log_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Misuse(f"--log-dir: {error}") from error
     if config.standalone:
         from outlast.launch.standalone import run_standalone
 

@@ -40,6 +40,9 @@ class CrewOwner(Protocol):
     def describe(self) -> None:
         """What others should know of this node has changed."""
 
+    def fail(self, text: str) -> None:
+        """The job cannot go on."""
+
     def failed(self, worker: WorkerProcess, code: int, respawn: bool) -> None:
         """A worker of the current view ended badly; respawn: its slot is to be filled again."""
 
@@ -115,7 +118,10 @@ class Crew:
             directory=self._directory / f"attempt_{slot.spawns}" / str(slot.local_rank),
         )
         slot.spawns += 1
-        slot.process = WorkerProcess(order, self._config, self)
+        try:
+            slot.process = WorkerProcess(order, self._config, self)
+        except OSError as error:
+            self._owner.fail(f"{me.node} cannot start {self._config.script}: {error}")
 
     def rank(self, view: View) -> None:
         """Tell the workers' ranks in a new view; one that is not in it keeps its last."""
@@ -145,6 +151,13 @@ class Crew:
             for worker in running if late else ():
                 worker.signal(signal.SIGKILL)
             await asyncio.gather(*waits)
+
+    def kill(self) -> None:
+        """End every process now; whoever waits in `stop` goes on."""
+        for slot in self.slots:
+            if slot.process is not None:
+                slot.process.expected = True
+                slot.process.signal(signal.SIGKILL)
 
     def ready(self, worker: WorkerProcess) -> None:
         """It can take part in the data plane."""

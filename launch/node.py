@@ -11,8 +11,10 @@ import json
 import os
 import signal
 import sys
+from functools import partial
+from typing import Any
 
-from outlast.launch.agent import Agent, Outcome
+from outlast.launch.agent import EXIT_INTERNAL, Agent, Outcome
 from outlast.launch.config import LaunchConfig
 from outlast.launch.console import Console
 from outlast.launch.worker_process import PR_SET_PDEATHSIG
@@ -36,8 +38,8 @@ async def _incarnations(config: LaunchConfig, key: bytes, console: Console) -> i
     while True:
         agent = Agent(config, key, console)
         for number in (signal.SIGTERM, signal.SIGINT):
-            name = f"stopped by {number.name}"
-            loop.add_signal_handler(number, agent.end, Outcome(128 + number, name))
+            loop.add_signal_handler(number, _interrupt, agent, number)
+        loop.set_exception_handler(partial(_broken, agent))
         outcome = await agent.run()
         if outcome.code == 0 and not outcome.rejoin:
             agent.progress.say("job finished")
@@ -47,6 +49,20 @@ async def _incarnations(config: LaunchConfig, key: bytes, console: Console) -> i
             console.line(f"{config.node}: {outcome.text}")
         if not outcome.rejoin:
             return outcome.code
+
+
+def _interrupt(agent: Agent, number: signal.Signals) -> None:
+    """The first signal ends the node in order, a second one at once."""
+    if agent.outcome.done():
+        agent.crew.kill()
+    agent.end(Outcome(128 + number, f"stopped by {number.name}"))
+
+
+def _broken(agent: Agent, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A bug of ours: this node leaves with the traceback, the others go on without it."""
+    loop.default_exception_handler(context)
+    cause = f"internal error: {context.get('exception') or context['message']}"
+    agent.end(Outcome(EXIT_INTERNAL, cause, graceful=False))
 
 
 def main() -> int:

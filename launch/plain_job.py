@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from outlast.cluster.view import View
+from outlast.launch.task import watched
 from outlast.launch.torch_environment import master_port, restart_round
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class PlainJob:
         if wanted != self._round:
             self._round = wanted
             if self.restarting is None or self.restarting.done():
-                self.restarting = asyncio.create_task(self._restart())
+                self.restarting = watched(self._restart())
 
     async def _restart(self) -> None:
         agent, started = self._agent, None

@@ -49,8 +49,8 @@ def run_standalone(config: LaunchConfig, key: bytes | None) -> int:
     codes = [agent.returncode for agent in agents]
     if signalled:
         return 128 + signalled
-    ended = [code for code in codes if code >= 0]
-    return max(ended) if ended else EXIT_KILLED
+    ended = [code for code in codes if code >= 0]  # 0 is agreed among all that are left
+    return min(ended, default=EXIT_KILLED)
 
 
 def _start(config: LaunchConfig, key: bytes) -> Process:
@@ -87,6 +87,8 @@ def _watch(agents: list[Process], wakeup: socket.socket, config: LaunchConfig) -
     with selectors.DefaultSelector() as selector:
         selector.register(wakeup, selectors.EVENT_READ)
         for agent in agents:
+            if agent.poll() is not None:
+                continue
             selector.register(os.pidfd_open(agent.pid), selectors.EVENT_READ, agent)
             running += 1
         while running:
@@ -129,7 +131,6 @@ def _signals() -> Iterator[socket.socket]:
 @contextmanager
 def _reserved(directory: Path) -> Iterator[None]:
     """Hold the log directory: two jobs must not write the same metrics."""
-    directory.mkdir(parents=True, exist_ok=True)
     file = os.open(directory / ".lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -127,12 +127,12 @@ class WorkerProcess:
 
     def check_silence(self, timing: Timing, now: float) -> None:
         """Lose a worker that answers no more: soon when it is stopped or idle, late when busy."""
-        if not self.attached or self.finished or now - self._heard < timing.silence_s:
-            return
         state, cpu = _state_and_cpu(self.pid)
         if cpu != self._cpu[0]:
             self._cpu = (cpu, now)
         silence = now - self._heard
+        if not self.attached or self.finished or silence < timing.silence_s:
+            return
         if state in "Tt":
             self.lose(f"stopped: no answer for {silence:.1f} s")
         elif silence > timing.busy_silence_s or now - self._cpu[1] > timing.silence_s:
