@@ -20,7 +20,7 @@ from outlast.cluster.timing import Timing
 from outlast.cluster.view import Member, View
 from outlast.launch.config import LaunchConfig, host_and_port
 from outlast.launch.console import Console
-from outlast.launch.crew import Crew
+from outlast.launch.crew import Crew, keep_pinging
 from outlast.launch.event_log import EventLog
 from outlast.launch.link import Message
 from outlast.launch.metrics_log import MetricsLog
@@ -102,7 +102,7 @@ class Agent:
         try:
             await self.mesh.start()
             self.event("started", pid=os.getpid())
-            ticking = watched(self.crew.keep_pinging(self.timing))
+            ticking = watched(keep_pinging(self.crew, self.timing))
             outcome = await self.outcome
         except Misuse as error:
             outcome = Outcome(EXIT_REFUSED, str(error))
@@ -159,7 +159,8 @@ class Agent:
         if self.outcome.done():
             return
         settled = self.crew.settled
-        if settled and self.crew.succeeded and not self._succeeded:
+        ended_well = any(slot.done for slot in self.crew.slots)
+        if settled and ended_well and not self._succeeded:
             self._succeeded = True
             self.mesh.broadcast({"kind": "done"})
         me = replace(

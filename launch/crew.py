@@ -93,11 +93,6 @@ class Crew:
         """Nothing more comes from here: every slot ended well or was given up."""
         return all(slot.done or slot.closed for slot in self.slots)
 
-    @property
-    def succeeded(self) -> bool:
-        """At least one worker ended well."""
-        return any(slot.done for slot in self.slots)
-
     def start(self, view: View, me: Member) -> None:
         """Fill every slot with a fresh process for this view, or for the next one with us in it."""
         self.started = True
@@ -165,19 +160,6 @@ class Crew:
         self.slots[worker.local_rank].member = True
         self._owner.describe()
 
-    async def keep_pinging(self, timing: Timing) -> None:
-        """Ping everybody once per heartbeat, and look at those that do not answer."""
-        before, count = time.monotonic(), 0
-        while True:
-            await asyncio.sleep(timing.heartbeat_s)
-            now, count = time.monotonic(), count + 1
-            for worker in self.attached:
-                if now - before > 2 * timing.heartbeat_s:  # held up ourselves: no silence counts
-                    worker.heard()
-                worker.send({"kind": "ping", "n": count})
-                worker.check_silence(timing, now)
-            before = now
-
     def said(self, worker: WorkerProcess, message: Message) -> None:
         """Pass a message on to the agent."""
         self._owner.said(worker, message)
@@ -218,6 +200,20 @@ class Crew:
             slot.holder = new_holder()
         slot.closed = not respawn
         self._owner.failed(worker, code, respawn)
+
+
+async def keep_pinging(crew: Crew, timing: Timing) -> None:
+    """Ping everybody once per heartbeat, and look at those that do not answer."""
+    before, count = time.monotonic(), 0
+    while True:
+        await asyncio.sleep(timing.heartbeat_s)
+        now, count = time.monotonic(), count + 1
+        for worker in crew.attached:
+            if now - before > 2 * timing.heartbeat_s:  # held up ourselves: no silence counts
+                worker.heard()
+            worker.send({"kind": "ping", "n": count})
+            worker.check_silence(timing, now)
+        before = now
 
 
 def new_holder() -> int:
