@@ -233,7 +233,7 @@ class Agent:
         """A job runs without us. An elastic one is joined when our workers are ready."""
         if self.outcome.done() or self.view is not None or self._running is not None:
             return
-        if not any(member.elastic for member in view.members):
+        if not any(self.mesh.members.get(m.agent, m).elastic for m in view.members):
             self.mesh.request_join()
             return
         self._running = view

@@ -168,6 +168,17 @@ def test_nodes_come_and_go(start: Start) -> None:
     assert KEY not in "".join(path.read_text() for path in job.directory.rglob("events*"))
 
 
+def test_a_newcomer_joins_when_its_workers_are_ready(start: Start) -> None:
+    ports, steps = free_ports(1), fake(LONG)
+    jobs = [start(*node_arguments(ports, n, steps), OUTLAST_JOB_KEY=KEY) for n in "ab"]
+    assert jobs[0].connected(2) == 1
+    start(*node_arguments(ports, "c", steps), OUTLAST_JOB_KEY=KEY)
+    assert jobs[0].connected(3) == 2
+    (joined,) = jobs[0].events("joined")
+    assert workers(jobs[0])[-1]["node"] == joined["node"] == "c"
+    assert workers(jobs[0])[-1]["time"] < joined["time"]
+
+
 def test_another_job_at_the_same_place_is_refused(start: Start) -> None:
     ports, steps = free_ports(1), fake(LONG)
     jobs = [start(*node_arguments(ports, n, steps), OUTLAST_JOB_KEY=KEY) for n in "abc"]
