@@ -79,72 +79,29 @@ def _pages(size: int) -> int:
     return -(-size // _PAGE) * _PAGE
 
 
-class StateMemory:
-    """Both halves of state and of parity of one worker, mapped from the memfd `fd`.
+class _Region:
+    """The mapped memfd and how its pages come and go."""
 
-    Args:
-        fd: file of `memory_bytes(shape)` bytes; the caller keeps or closes it, the mapping stays.
-        shape: what a slot holds; the same on all workers of a job.
-    """
-
-    def __init__(self, fd: int, shape: StateShape) -> None:
-        size = memory_bytes(shape)
+    def __init__(self, fd: int, size: int) -> None:
         if os.fstat(fd).st_size < size:
             raise Corrupt(f"state memory has {os.fstat(fd).st_size} bytes, expected {size}")
-        self.shape = shape
         self._fd = os.dup(fd)
-        self._map = mmap.mmap(self._fd, size)
-        self._bytes: Bytes = np.frombuffer(self._map, dtype=np.uint8)
-        view = memoryview(self._map)
-        self._marks = [_Marked(view[i * _RECORD_BYTES : (i + 1) * _RECORD_BYTES]) for i in range(4)]
-        self._base: dict[tuple[int, str], int] = {}
-        offset = 4 * _RECORD_BYTES
-        for half in HALVES:
-            for role in shape.roles:
-                self._base[half, role.name] = offset
-                offset += _pages(shape.numel * role.itemsize)
-        self._parity_size = (size - offset) // 2
-        self._parity_base = (offset, offset + self._parity_size)
+        self.map = mmap.mmap(self._fd, size)
+        self.bytes: Bytes = np.frombuffer(self.map, dtype=np.uint8)
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
             os.close(self._fd)
 
-    def array(self, half: int, role: Role) -> Bytes:
-        """uint8 [numel * itemsize] of one role, the whole address space, sparse."""
-        base = self._base[half, role.name]
-        return self._bytes[base : base + self.shape.numel * role.itemsize]
+    def marked(self, index: int) -> _Marked:
+        """Marker and record number `index`."""
+        begin = index * _RECORD_BYTES
+        return _Marked(memoryview(self.map)[begin : begin + _RECORD_BYTES])
 
-    def run_bytes(self, half: int, role: Role, run: Run) -> Bytes:
-        """uint8 view of one plain run of one role."""
-        return self.array(half, role)[run.start * role.itemsize : run.stop * role.itemsize]
-
-    def parity(self, half: int, size: int) -> Bytes:
-        """uint8 [size] view of a parity half."""
-        assert size <= self._parity_size, "parity is never larger than the state"
-        return self._bytes[self._parity_base[half] : self._parity_base[half] + size]
-
-    def reserve(self, runs: Iterable[Run]) -> None:
-        """Allocate and touch the pages of `runs` in both halves, so that no step pays for it.
-
-        Raises:
-            Misuse: the node has not enough memory.
-        """
-        for half in HALVES:
-            for role in self.shape.roles:
-                for run in runs:
-                    begin = self._base[half, role.name] + run.start * role.itemsize
-                    begin -= begin % _PAGE
-                    end = self._base[half, role.name] + run.stop * role.itemsize
-                    self._allocate(begin, _pages(end - begin))
-
-    def reserve_parity(self, size: int) -> None:
-        """Allocate `size` bytes in both parity halves."""
-        for base in self._parity_base:
-            if size:
-                self._allocate(base, _pages(size))
-
-    def _allocate(self, begin: int, length: int) -> None:
+    def allocate(self, begin: int, end: int) -> None:
+        """Allocate and touch the pages of [begin, end); Misuse if the node has too little."""
+        begin -= begin % _PAGE
+        length = _pages(end - begin)
         try:
             os.posix_fallocate(self._fd, begin, length)
         except OSError as cause:
@@ -154,20 +111,105 @@ class StateMemory:
                 "or ZeRO 1 or 2"
             ) from cause
         try:
-            self._map.madvise(_POPULATE_WRITE, begin, length)
+            self.map.madvise(_POPULATE_WRITE, begin, length)
         except OSError:
             return  # an older kernel: the first step takes the page faults instead
 
+    def release(self, begin: int, end: int) -> None:
+        """Give back the whole pages inside [begin, end)."""
+        first, last = _pages(begin), end // _PAGE * _PAGE
+        if last > first:
+            self.map.madvise(mmap.MADV_REMOVE, first, last - first)
+
+
+class ParityMemory:
+    """Two halves of parity units of other workers."""
+
+    def __init__(self, region: _Region, base: int, size: int) -> None:
+        self._region, self._size = region, size
+        self._base = (base, base + size)
+        self._marks = (region.marked(2), region.marked(3))
+
+    def reserve(self, size: int) -> None:
+        """Allocate `size` bytes in both halves."""
+        for base in self._base if size else ():
+            self._region.allocate(base, base + size)
+
+    def array(self, half: int, size: int) -> Bytes:
+        """uint8 [size] view of a half."""
+        assert size <= self._size, "parity is never larger than the state"
+        return self._region.bytes[self._base[half] : self._base[half] + size]
+
+    def begin(self, half: int) -> None:
+        """See [Note: two halves]."""
+        self._marks[half].begin()
+
+    def commit(self, half: int, record: ParityRecord) -> None:
+        """Publish a half."""
+        self._marks[half].commit(record.as_json())
+
+    def record(self, half: int) -> ParityRecord | None:
+        """Record of a committed half, or None."""
+        fields = self._marks[half].read()
+        return None if fields is None else ParityRecord.from_json(fields)
+
+    def spare(self) -> int:
+        """The half that does not hold the newest record."""
+        records = [self.record(half) for half in HALVES]
+        order = [(record.step, record.generation) if record else (-1, -1) for record in records]
+        return order.index(min(order))
+
+
+class StateMemory:
+    """Both halves of state of one worker, and of `parity`, mapped from the memfd `fd`.
+
+    Args:
+        fd: file of `memory_bytes(shape)` bytes; the caller keeps or closes it, the mapping stays.
+        shape: what a slot holds; the same on all workers of a job.
+    Raises:
+        Corrupt: the file is too short.
+    """
+
+    def __init__(self, fd: int, shape: StateShape) -> None:
+        self.shape = shape
+        self._region = _Region(fd, memory_bytes(shape))
+        self._marks = (self._region.marked(0), self._region.marked(1))
+        self._base: dict[tuple[int, str], int] = {}
+        offset = 4 * _RECORD_BYTES
+        for half in HALVES:
+            for role in shape.roles:
+                self._base[half, role.name] = offset
+                offset += _pages(shape.numel * role.itemsize)
+        self.parity = ParityMemory(self._region, offset, (memory_bytes(shape) - offset) // 2)
+
+    def array(self, half: int, role: Role) -> Bytes:
+        """uint8 [numel * itemsize] of one role, the whole address space, sparse."""
+        base = self._base[half, role.name]
+        return self._region.bytes[base : base + self.shape.numel * role.itemsize]
+
+    def run_bytes(self, half: int, role: Role, run: Run) -> Bytes:
+        """uint8 view of one plain run of one role."""
+        return self.array(half, role)[run.start * role.itemsize : run.stop * role.itemsize]
+
+    def reserve(self, runs: Iterable[Run]) -> None:
+        """Allocate and touch the pages of `runs` in both halves, so that no step pays for it.
+
+        Raises:
+            Misuse: the node has not enough memory.
+        """
+        plain = list(runs)
+        for (_, name), base in self._base.items():
+            itemsize = self.shape.role(name).itemsize
+            for run in plain:
+                self._region.allocate(base + run.start * itemsize, base + run.stop * itemsize)
+
     def trim(self, runs: tuple[Run, ...]) -> None:
         """Give back the whole pages of both halves that lie outside `runs`."""
-        for half in HALVES:
-            for role in self.shape.roles:
-                base, size = self._base[half, role.name], self.shape.numel * role.itemsize
-                edges = [0, *(x * role.itemsize for p in pack_runs(runs) for x in p), size]
-                for begin, end in zip(edges[::2], edges[1::2], strict=True):
-                    first, last = _pages(base + begin), (base + end) // _PAGE * _PAGE
-                    if last > first:
-                        self._map.madvise(mmap.MADV_REMOVE, first, last - first)
+        for (_, name), base in self._base.items():
+            itemsize = self.shape.role(name).itemsize
+            edges = [0, *(x for pair in pack_runs(runs) for x in pair), self.shape.numel]
+            for begin, end in zip(edges[::2], edges[1::2], strict=True):
+                self._region.release(base + begin * itemsize, base + end * itemsize)
 
     def begin(self, half: int) -> None:
         """See [Note: two halves]; called before the first byte of a half changes."""
@@ -181,27 +223,6 @@ class StateMemory:
         """Record of a committed half, or None."""
         fields = self._marks[half].read()
         return None if fields is None else SlotRecord.from_json(fields)
-
-    def half_of(self, step: int) -> int | None:
-        """Half that holds `step`, or None."""
-        for half in HALVES:
-            record = self.record(half)
-            if record is not None and record.step == step:
-                return half
-        return None
-
-    def begin_parity(self, half: int) -> None:
-        """Called before the first byte of a parity half changes."""
-        self._marks[2 + half].begin()
-
-    def commit_parity(self, half: int, record: ParityRecord) -> None:
-        """Publish a half of parity."""
-        self._marks[2 + half].commit(record.as_json())
-
-    def parity_record(self, half: int) -> ParityRecord | None:
-        """Record of a committed half of parity, or None."""
-        fields = self._marks[2 + half].read()
-        return None if fields is None else ParityRecord.from_json(fields)
 
     def sums(self, half: int, runs: Iterable[Run]) -> dict[str, list[int]]:
         """Checksums of `runs` per role, in order."""
@@ -223,4 +244,4 @@ class StateMemory:
 
 def checksum(data: Bytes | bytes) -> int:
     """xxh3-64 of contiguous bytes."""
-    return xxhash.xxh3_64_intdigest(memoryview(data))
+    return xxhash.xxh3_64_intdigest(data)  # type: ignore[arg-type]

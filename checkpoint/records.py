@@ -42,6 +42,10 @@ class StateShape:
     numel: int
     roles: tuple[Role, ...]
 
+    def role(self, name: str) -> Role:
+        """The role of that name."""
+        return next(role for role in self.roles if role.name == name)
+
     @property
     def element_bytes(self) -> int:
         """Bytes of state per element of the model."""
@@ -130,7 +134,6 @@ class Report:
         done: newest committed step of which it has gathered all parameters, -1 for a joiner.
         initial: it has not trained yet; its parameters are those of the script.
         nodes: finished nodes of the leaf tree of step index `nodes_step`.
-        losses: leaf -> loss of the leaves under `nodes`.
         weight: relative speed for dealing leaves.
         model: fingerprint of the model and of its initial values.
         numerics: what else decides the bits, see `runtime.determinism`.
@@ -143,7 +146,6 @@ class Report:
     initial: bool
     nodes_step: int
     nodes: tuple[tuple[int, int], ...]
-    losses: dict[int, float]
     weight: float
     model: str
     numerics: str
@@ -177,6 +179,5 @@ class Report:
             "slots": slots,
             "parity": parity,
             "nodes": tuple((level, index) for level, index in fields["nodes"]),
-            "losses": {int(leaf): loss for leaf, loss in fields["losses"].items()},
         }
         return Report(**(fields | changed))

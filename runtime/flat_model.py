@@ -65,16 +65,12 @@ class FlatModel:
         for name, parameter in self.parameters.items():
             parameter.grad = self._view(flat, name)
 
-    def gathered_gradients(self, flat: Tensor) -> None:
-        """Copy in what a user's code put into `.grad` instead of accumulating."""
+    def collect_gradients(self, flat: Tensor) -> None:
+        """Unbind `flat`, after copying in what a script put into `.grad` by itself."""
         for name, parameter in self.parameters.items():
             view = self._view(flat, name)
             if parameter.grad is not None and parameter.grad.data_ptr() != view.data_ptr():
                 view.copy_(parameter.grad)
-
-    def release_gradients(self) -> None:
-        """Forget the gradient views."""
-        for parameter in self.parameters.values():
             parameter.grad = None
 
     def fingerprint(self) -> str:

@@ -60,6 +60,16 @@ class Generation:
         """Failure domain of every holder: the agent, as two agents may share a node's name."""
         return {worker.holder: member.agent for member, worker in self.view.workers}
 
+    @property
+    def unread_memories(self) -> bool:
+        """Whether an agent keeps memories of dead workers that no worker of its node can read."""
+        return any(member.memories and not member.workers for member in self.view.members)
+
+    def first_of_node(self, holder: int) -> int:
+        """The worker that acts for the whole node of `holder`."""
+        domains = self.domains
+        return next(h for h, domain in domains.items() if domain == domains[holder])
+
 
 class Link(Protocol):
     """What the runtime needs of its surroundings."""

@@ -49,7 +49,7 @@ class Redundancy:
         self._flight: tuple[Tensor, list[int], Pending] | None = None
         self._due = False
         self.bytes = sum(stripe.length for stripe in self._mine)
-        state.memory.reserve_parity(self.bytes)
+        state.memory.parity.reserve(self.bytes)
 
     def schedule(self) -> None:
         """The newest step is due for parity."""
@@ -92,10 +92,10 @@ class Redundancy:
         output, received, pending = self._flight
         pending.wait()
         self._flight = None
-        memory, step = self._state.memory, self._state.step
-        half = self._free_half()
-        memory.begin_parity(half)
-        home = memory.parity(half, self.bytes)
+        memory, step = self._state.memory.parity, self._state.step
+        half = memory.spare()
+        memory.begin(half)
+        home = memory.array(half, self.bytes)
         rows = iter(torch.split(output.cpu(), received))
         streams = {rank: row.numpy() for rank, row in enumerate(rows)}
         taken = dict.fromkeys(streams, 0)
@@ -113,11 +113,4 @@ class Redundancy:
         domains = {str(holder): domain for holder, domain in self._domains.items()}
         generation = self._communicator.generation
         record = ParityRecord(step, generation, self._layout.as_json(), domains, tuple(units))
-        memory.commit_parity(half, record)
-
-    def _free_half(self) -> int:
-        """The parity half that does not hold the newest record."""
-        memory = self._state.memory
-        records = [memory.parity_record(half) for half in (0, 1)]
-        order = [(record.step, record.generation) if record else (-1, -1) for record in records]
-        return order.index(min(order))
+        memory.commit(half, record)

@@ -46,16 +46,19 @@ from outlast.runtime.training import Settings, Training
 _INTERRUPTED = (GenerationChanged, PeerLost)
 
 
-def init(*, seed: int = 0, leaves: int = 8, weight: float = 1.0, threads: int = 1) -> "Run":
+def init(
+    *, seed: int = 0, leaves: int = 8, grain: int = 4096, weight: float = 1.0, threads: int = 1
+) -> "Run":
     """Join the job that `outlast launch` started this process for; alone, be a job of one.
 
     Args:
         seed: of the model's initial values, the data order and all random numbers of training.
         leaves: micro-batches of one step, a power of two, dealt to the ranks whatever their number.
+        grain: elements; shards are cut at multiples of it, whatever the number of ranks.
         weight: relative speed of this rank; a rank of weight 2 gets twice the leaves of one of 1.
         threads: of torch on this rank; a part of the result, so the same on every rank.
     """
-    settings = Settings(seed=seed, leaves=leaves, weight=weight)
+    settings = Settings(seed=seed, leaves=leaves, grain=grain, weight=weight)
     if threads < 1:
         raise Misuse(f"threads={threads}: use 1 or more")
     pin(threads)
@@ -105,7 +108,6 @@ class Run:
         clip: float | None = None,
         schedule: ScheduleFactory | None = None,
         dtype: torch.dtype | None = None,
-        grain: int = 4096,
         parity: bool = True,
     ) -> nn.Module:
         """Take over the model's parameters and wait until this rank is part of the job.
@@ -116,7 +118,6 @@ class Run:
             clip: limit of the global gradient norm.
             schedule: step -> factor of the learning rate, or optimizer -> torch LRScheduler.
             dtype: of the working parameters; bfloat16 keeps a float32 master.
-            grain: elements; shards are cut at multiples of it.
             parity: protect every step against the loss of a node.
         Raises:
             Misuse: the model, the optimizer or a setting cannot work; says what to do.
@@ -124,7 +125,7 @@ class Run:
         """
         if self._training is not None:
             raise Misuse("run.prepare() was called twice: one run trains one model")
-        settings = replace(self._settings, zero=zero, clip=clip, grain=grain, parity=parity)
+        settings = replace(self._settings, zero=zero, clip=clip, parity=parity)
         flat = FlatModel(model, dtype)
         kept = discover(optimizer, flat.device)
         primary = "param" if flat.dtype == torch.float32 else "master"
@@ -142,7 +143,7 @@ class Run:
             flat,
             shards,
             Schedule(schedule, shards.base_rate),
-            Ladder(flat.space, shape, grain, replicated=zero == 0),
+            Ladder(flat.space, shape, settings.grain, replicated=zero == 0),
             shard_state(memory, flat.space, flat.device),
         )
         self._fingerprint = flat.fingerprint()
@@ -260,14 +261,16 @@ class Step:
         while not self.committed:
             try:
                 for leaf in training.leaves():
-                    yield from training.compute(leaf, self._batch(data, leaf, batch_size, collate))
+                    yield from training.leaf.compute(
+                        leaf, self._batch(data, leaf, batch_size, collate)
+                    )
                 training.commit()
             except _INTERRUPTED:
                 run.recover()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of this leaf's mean loss; may be called for several terms."""
-        self._run.training.backward(loss)
+        self._run.training.leaf.backward(loss)
 
     def _batch(
         self, data: Any, leaf: int, batch_size: int, collate: Callable[[list[Any]], Any]

@@ -33,6 +33,7 @@ from outlast.runtime.fold import (
     spread,
     unit_runs,
 )
+from outlast.runtime.leaf_gradient import LeafGradient
 from outlast.runtime.leaf_stack import LeafStack
 from outlast.runtime.leaf_tree import Node, assign, push_all
 from outlast.runtime.link import Generation, Link
@@ -109,6 +110,7 @@ class Training:
         self.settings, self.link, self.model = settings, link, model
         self.optimizer, self.schedule, self.ladder, self.state = optimizer, schedule, ladder, state
         self.stack = LeafStack(model.space.numel, model.device)
+        self.leaf = LeafGradient(model, self.stack)
         self.primary = state.roles[0].name
         self.committed = 0
         self.gathered = -1  # newest step of which all working parameters are here
@@ -119,8 +121,6 @@ class Training:
         self.nodes: list[tuple[Node, ...]] = []
         self.now: Membership | None = None
         self.restored = 0  # step that this generation started from
-        self._loss: list[Tensor] = []
-        self._leaf_gradient: Tensor | None = None
 
     @property
     def membership(self) -> Membership:
@@ -166,35 +166,6 @@ class Training:
             yield self.todo[0]
             self.todo.pop(0)
 
-    def compute(self, leaf: int, make: Callable[[], object]) -> Iterator[object]:
-        """Yield the batch of `leaf` to the script's loop and take its gradient afterwards."""
-        target = self.stack.buffer()
-        direct = self.model.dtype == torch.float32
-        flat = target if direct else self._narrow()
-        self.model.bind_gradients(flat)
-        self._loss = []
-        yield make()
-        self.model.gathered_gradients(flat)
-        self.model.release_gradients()
-        if not self._loss:
-            raise Misuse(
-                "the loop over step.batches() must call step.backward(loss) for each batch"
-            )
-        if not direct:
-            target.copy_(flat)
-        self.stack.push(leaf, target, sum(float(loss) for loss in self._loss))
-
-    def backward(self, loss: Tensor) -> None:
-        """Backward of one term of the loss of the leaf in flight."""
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._loss.append(loss.detach())
-
-    def _narrow(self) -> Tensor:
-        """Gradient buffer of a leaf in the dtype of the working parameters."""
-        if self._leaf_gradient is None:
-            self._leaf_gradient = torch.empty_like(self.model.param)
-        return self._leaf_gradient
-
     def check(self) -> None:
         """Raise GenerationChanged if the present generation is over."""
         if self.link.superseded(self.membership.generation.view.generation):
@@ -223,9 +194,7 @@ class Training:
         if self.settings.zero == 2:
             self.stack.release()
         self._clean_up(now)
-        if self.settings.parity:
-            now.redundancy.schedule()
-            now.redundancy.start()
+        self.protect()
 
     def _reduce(self, now: Membership) -> Tensor:
         communicator = now.generation.communicator
@@ -284,13 +253,15 @@ class Training:
         """Two commits after a recovery nothing refers to older layouts or dead memories."""
         if self.committed == self.restored + 2:
             self.state.trim()
-            if now.generation.communicator.rank == now.holders.index(self._first_of_node(now)):
+            me = self.link.identity.holder
+            if me == now.generation.first_of_node(me):
                 self.link.send(kind="release", generation=now.generation.view.generation)
 
-    def _first_of_node(self, now: Membership) -> int:
-        me = self.link.identity.holder
-        domain = now.generation.domains[me]
-        return next(h for h in now.holders if now.generation.domains[h] == domain)
+    def protect(self) -> None:
+        """Begin the parity of the newest step, beside the leaves of the next."""
+        if self.settings.parity:
+            self.membership.redundancy.schedule()
+            self.membership.redundancy.start()
 
     def whole_role(self, role: str, use: Callable[[Tensor], None]) -> None:
         """Call `use` with every element of one role, in address order; a collective."""

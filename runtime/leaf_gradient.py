@@ -1,0 +1,40 @@
+"""One leaf: hand the batch to the script's loop, take the gradient that its backward left."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from outlast.cluster.errors import Misuse
+from outlast.runtime.flat_model import FlatModel
+from outlast.runtime.leaf_stack import LeafStack
+
+
+class LeafGradient:
+    """Computes leaves into `stack`; bf16 gradients are widened to float32 before they are added."""
+
+    def __init__(self, model: FlatModel, stack: LeafStack) -> None:
+        self._model, self._stack = model, stack
+        self._losses: list[Tensor] = []
+        self._narrow = None if model.dtype == torch.float32 else torch.empty_like(model.param)
+
+    def compute(self, leaf: int, make: Callable[[], object]) -> Iterator[object]:
+        """Yield the batch of `leaf` once and push its gradient when the loop comes back."""
+        target = self._stack.buffer()
+        flat = target if self._narrow is None else self._narrow
+        self._model.bind_gradients(flat)
+        self._losses = []
+        yield make()
+        self._model.collect_gradients(flat)
+        if not self._losses:
+            raise Misuse(
+                "the loop over step.batches() must call step.backward(loss) for each batch"
+            )
+        if flat is not target:
+            target.copy_(flat)
+        self._stack.push(leaf, target, sum(float(loss) for loss in self._losses))
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of one term of the loss of the leaf in flight."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._losses.append(loss.detach())
