@@ -15,7 +15,7 @@ help:
 	@echo "make test       style, types and the short tests"
 	@echo "make test-long  the tests marked long"
 	@echo "make test-gpu   the tests that need a CUDA device"
-	@echo "make bench      every benchmarks/bench_*.py"
+	@echo "make bench      every benchmarks/*.py"
 	@echo "make clean      remove what these targets made, $(VENV) included"
 
 setup: $(STAMP)
@@ -53,7 +53,7 @@ test-gpu: setup
 	fi
 
 bench: setup
-	@set -e; for script in $(wildcard benchmarks/bench_*.py); do \
+	@set -e; for script in $(wildcard benchmarks/*.py); do \
 	  echo "== $$script"; $(BIN)/python $$script; \
 	done
 

@@ -277,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     console = Console()
     clear(args.out, args.keep)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's shell ignores it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the clean-up
     bar = (TextColumn("{task.description:9}"), BarColumn(30), TextColumn("{task.completed}"))
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
