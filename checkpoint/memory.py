@@ -153,10 +153,14 @@ class ParityMemory:
         fields = self._marks[half].read()
         return None if fields is None else ParityRecord.from_json(fields)
 
-    def spare(self) -> int:
-        """The half that does not hold the newest record."""
+    def spare(self, step: int) -> int:
+        """Half for new parity of `step`: the older one, but never the only other parity of `step`.
+
+        After a fall back to `step` its parity is made again under the new layout, and until that
+        is whole on every rank a further loss needs the old one.
+        """
         records = [self.record(half) for half in HALVES]
-        order = [(record.step, record.generation) if record else (-1, -1) for record in records]
+        order = [(r.step == step, r.step, r.generation) if r else (False, -1, -1) for r in records]
         return order.index(min(order))
 
 

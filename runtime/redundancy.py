@@ -93,7 +93,7 @@ class Redundancy:
         pending.wait()
         self._flight = None
         memory, step = self._state.memory.parity, self._state.step
-        half = memory.spare()
+        half = memory.spare(step)
         memory.begin(half)
         home = memory.array(half, self.bytes)
         rows = iter(torch.split(output.cpu(), received))
