@@ -1,0 +1,319 @@
+"""A job without processes: nodes with the memories of their workers, as plain arrays.
+
+It follows the rules of the runtime (two halves, parity of a step made while the next computes,
+memories of dead workers kept by their node) and carries out a recovery byte by byte. Bytes that
+nobody may read are poison, and every recovered byte is compared with the true contents of its
+step."""
+
+import json
+from collections.abc import Collection, Iterable, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+
+from outlast.checkpoint.ladder import Decode, Ladder, Recovery, layout_stripes
+from outlast.checkpoint.memory import ParityMemory
+from outlast.checkpoint.parity import Code, stream_parts
+from outlast.checkpoint.records import (
+    ParityRecord,
+    ParitySource,
+    ParityUnit,
+    Report,
+    Role,
+    SlotSource,
+    StateShape,
+)
+from outlast.layout.layout import Layout, deal, replicate
+from outlast.layout.run import Run, union
+from outlast.layout.space import Space, Tensor
+from outlast.layout.stripe import Piece
+
+Array = np.ndarray
+ROLES = (Role("param", "float32", 4), Role("exp_avg", "bfloat16", 2))
+WIDTH = {role.name: role.itemsize for role in ROLES}
+GRAIN = 64
+POISON = 0xEE
+
+
+def small_space(lengths: Sequence[int] = (640, 700, 700, 333)) -> Space:
+    tensors = [Tensor(f"block{i}", (n,), "float32") for i, n in enumerate(lengths)]
+    return Space.of(tensors, unit_of=str)
+
+
+@cache
+def truth(step: int, role: str, numel: int) -> Array:
+    """Contents of a role after a step; no two are alike."""
+    rng = np.random.default_rng([step, WIDTH[role]])
+    return rng.integers(0, 256, numel * WIDTH[role], np.uint8)
+
+
+def cut(data: Array, role: str, run: Run) -> Array:
+    return data[run.start * WIDTH[role] : run.stop * WIDTH[role]]
+
+
+@dataclass(frozen=True)
+class Half:
+    """A committed half of state; bytes outside `held` are poison."""
+
+    step: int
+    generation: int
+    owned: tuple[Run, ...]
+    held: tuple[Run, ...]
+    data: dict[str, Array]
+
+    def source(self, own: bool, holder: int) -> SlotSource:
+        scalars = {"step": float(self.step)}
+        losses = (float(self.step),)
+        return SlotSource(
+            own, holder, self.step, self.generation, self.owned, self.held, scalars, losses
+        )
+
+
+@dataclass(frozen=True)
+class ParityHalf:
+    record: ParityRecord
+    units: dict[tuple[int, int], Array]
+
+
+@dataclass
+class Memory:
+    """Memory of one worker."""
+
+    node: str
+    halves: list[Half | None] = field(default_factory=lambda: [None, None])
+    parity: list[ParityHalf | None] = field(default_factory=lambda: [None, None])
+
+    def record(self, half: int) -> ParityRecord | None:
+        found = self.parity[half]
+        return None if found is None else found.record
+
+    def copy(self) -> "Memory":
+        return Memory(self.node, list(self.halves), list(self.parity))
+
+
+class EmulatedJob:
+    """Nodes of `per_node` workers each; step 1 is committed on all of them, without parity."""
+
+    def __init__(
+        self, nodes: int, per_node: int, *, replicated: bool = False, space: Space | None = None
+    ) -> None:
+        self.space = space or small_space()
+        self.shape = StateShape("model", self.space.numel, ROLES)
+        self.ladder = Ladder(self.space, self.shape, GRAIN, replicated)
+        self.replicated = replicated
+        self.ranks = [1000 - 7 * i for i in range(nodes * per_node)]  # holders, not ascending
+        self.memories = {
+            holder: Memory(f"node{i // per_node}") for i, holder in enumerate(self.ranks)
+        }
+        self.generation = 1
+        share = replicate if replicated else deal
+        self.layout: Layout = share(self.space, self.ranks, *([] if replicated else [GRAIN]))
+        self.commit(1)
+
+    def copy(self) -> "EmulatedJob":
+        """The same job, to be harmed in another way."""
+        other = copy(self)
+        other.ranks = list(self.ranks)
+        other.memories = {holder: memory.copy() for holder, memory in self.memories.items()}
+        return other
+
+    @property
+    def nodes(self) -> list[str]:
+        return sorted({memory.node for memory in self.memories.values()})
+
+    # What a healthy job does
+
+    def commit(self, step: int, holders: Collection[int] | None = None) -> None:
+        """`holders`, by default all, write and commit a step into their other half."""
+        for holder in self.ranks if holders is None else holders:
+            owned = self.layout.runs(holder)
+            data = {role.name: self._poison(role.name) for role in ROLES}
+            for name, values in data.items():
+                for run in owned:
+                    cut(values, name, run)[:] = cut(truth(step, name, self.space.numel), name, run)
+            self._open(holder, step)
+            halves = self.memories[holder].halves
+            halves[halves.index(None)] = Half(step, self.generation, owned, owned, data)
+
+    def _open(self, holder: int, step: int) -> None:
+        """Make the half invalid that does not hold the step before."""
+        halves = self.memories[holder].halves
+        stale = [i for i, half in enumerate(halves) if half is None or half.step != step - 1]
+        halves[min(stale, key=lambda i: halves[i] is not None)] = None
+
+    def begin(self, step: int, holders: Collection[int]) -> None:
+        """`holders` are in the middle of writing a step."""
+        for holder in holders:
+            self._open(holder, step)
+
+    def protect(
+        self, step: int, encoders: Collection[int] | None = None, flaw: Layout | None = None
+    ) -> None:
+        """`encoders`, by default all, commit the parity of a step; `flaw`: another layout's map."""
+        domains = {holder: self.memories[holder].node for holder in self.ranks}
+        if len(set(domains.values())) < 2 or self.replicated:
+            return
+        described = self.layout.as_json(), {str(h): node for h, node in domains.items()}
+        made = layout_stripes(self.shape, flaw or self.layout, domains)
+        for holder in self.ranks if encoders is None else encoders:
+            memory = self.memories[holder]
+            half = ParityMemory.spare(memory, step)  # type: ignore[arg-type]
+            units, listed = {}, []
+            for stripe in (stripe for stripe in made if stripe.parity[0] == holder):
+                unit = np.empty(stripe.length, np.uint8)
+                data = [self._stream(piece, step) for piece in stripe.data]
+                Code(len(data), 1).encode(data, [unit])
+                units[stripe.index, 0] = unit
+                listed.append(ParityUnit(stripe.index, 0, 0, stripe.length, 0))
+            record = ParityRecord(step, self.generation, *described, tuple(listed))
+            memory.parity[half] = ParityHalf(record, units)
+
+    def _stream(self, piece: Piece, step: int) -> Array:
+        runs = self.layout.runs(piece.holder)
+        half = next(h for h in self.memories[piece.holder].halves if h and h.step == step)
+        parts = stream_parts(self.shape, runs, piece.start, piece.stop)
+        return _joined(cut(half.data[role], role, run) for role, run in parts)
+
+    def _poison(self, role: str) -> Array:
+        return np.full(self.space.numel * WIDTH[role], POISON, np.uint8)
+
+    # What happens to it
+
+    def lose_node(self, node: str) -> None:
+        self.memories = {h: m for h, m in self.memories.items() if m.node != node}
+        self.ranks = [holder for holder in self.ranks if holder in self.memories]
+
+    def lose_worker(self, holder: int) -> None:
+        """The worker dies, its node keeps the memory."""
+        if holder in self.ranks:
+            self.ranks.remove(holder)
+
+    def join(self, holder: int, node: str) -> None:
+        self.memories[holder] = Memory(node)
+        self.ranks.append(holder)
+
+    def unreadable(self, before: "EmulatedJob") -> int:
+        """Nodes of which no memory can be read any more."""
+        living = {self.memories[holder].node for holder in self.ranks}
+        return len(set(before.nodes) - living)
+
+    # Recovery
+
+    def sources(self) -> tuple[list[list[Half]], list[list[ParityHalf]], list[Report]]:
+        """What each rank can read, and its report of that, as it arrives over the network."""
+        slots, parity, reports = [], [], []
+        for rank, holder in enumerate(self.ranks):
+            node = self.memories[holder].node
+            mates = [h for h in self.ranks if self.memories[h].node == node]
+            readable = [holder]
+            if mates[0] == holder:
+                dead = set(self.memories) - set(self.ranks)
+                readable += sorted(h for h in dead if self.memories[h].node == node)
+            found = [(h, half) for h in readable for half in self.memories[h].halves if half]
+            coded = [(h, p) for h in readable for p in self.memories[h].parity if p]
+            slots.append([half for _, half in found])
+            parity.append([p for _, p in coded])
+            report = Report(
+                rank, holder, node, -1, not found, -1, (), 1.0, "model", "numerics",
+                tuple(half.source(h == holder, h) for h, half in found),
+                tuple(ParitySource(h == holder, p.record) for h, p in coded),
+            )  # fmt: skip
+            reports.append(Report.from_json(json.loads(json.dumps(report.as_json()))))
+        return slots, parity, reports
+
+    def recover(self) -> Recovery:
+        """Enter the next generation; AssertionError if a byte is wrong, StateLost as decided."""
+        slots, parity, reports = self.sources()
+        decision = self.ladder.decide(reports)
+        self.generation += 1
+        arrived = self._execute(decision, slots, parity)
+        for rank, holder in enumerate(self.ranks):
+            halves = self.memories[holder].halves
+            mine = next((h for h in halves if h and h.step == decision.step), None)
+            owned, data = decision.layout.runs(holder), arrived[rank][0]
+            held = union(mine.held if mine else (), arrived[rank][1])
+            self._check(decision, holder, owned, held, data)
+            place = halves.index(mine) if mine else self._oldest(halves)
+            halves[place] = Half(decision.step, self.generation, owned, held, data)
+        self.layout = decision.layout
+        return decision
+
+    @staticmethod
+    def _oldest(halves: list[Half | None]) -> int:
+        steps = [half.step if half else -1 for half in halves]
+        return steps.index(min(steps))
+
+    def _check(
+        self,
+        decision: Recovery,
+        holder: int,
+        owned: tuple[Run, ...],
+        held: tuple[Run, ...],
+        data: dict[str, Array],
+    ) -> None:
+        numel = self.space.numel
+        if self.replicated:
+            assert owned == (Run.of(0, numel),)
+        else:
+            assert decision.layout.is_partition(numel)
+        assert decision.scalars == {"step": float(decision.step)}
+        assert decision.losses == (float(decision.step),)
+        for role in ROLES:
+            right = truth(decision.step, role.name, numel)
+            for run in (*owned, *held):
+                mine, its = (cut(values, role.name, run) for values in (data[role.name], right))
+                assert np.array_equal(mine, its), f"wrong bytes: {role.name} {run} of {holder}"
+
+    def _execute(
+        self, decision: Recovery, slots: list[list[Half]], parity: list[list[ParityHalf]]
+    ) -> list[tuple[dict[str, Array], tuple[Run, ...]]]:
+        """Bytes of every rank after the transfers, and the runs that arrived."""
+        data: list[dict[str, Array]] = []
+        for holder in self.ranks:
+            halves = self.memories[holder].halves
+            mine = next((h for h in halves if h and h.step == decision.step), None)
+            names = [role.name for role in ROLES]
+            data.append({n: mine.data[n].copy() if mine else self._poison(n) for n in names})
+        arrived: list[list[Run]] = [[] for _ in self.ranks]
+        for move in decision.transfers:
+            half = slots[move.src][move.source]
+            assert half.step == decision.step
+            for role in ROLES:
+                from_there = cut(half.data[role.name], role.name, move.run)
+                cut(data[move.dst][role.name], role.name, move.run)[:] = from_there
+            arrived[move.dst].append(move.run)
+        for decode in decision.decodes:
+            rebuilt = self._decode(decode, slots, parity)
+            for dst, role, run in decode.outputs:
+                home, values = next(
+                    (home, values)
+                    for (name, home), values in rebuilt.items()
+                    if name == role and home.start <= run.start and run.stop <= home.stop
+                )
+                first = (run.start - home.start) * WIDTH[role]
+                part = values[first : first + run.numel * WIDTH[role]]
+                cut(data[dst][role], role, run)[:] = part
+                arrived[dst].append(run)
+        return [(d, union((), runs)) for d, runs in zip(data, arrived, strict=True)]
+
+    @staticmethod
+    def _decode(
+        decode: Decode, slots: list[list[Half]], parity: list[list[ParityHalf]]
+    ) -> dict[tuple[str, Run], Array]:
+        source, stripe, row = decode.unit
+        unit = parity[decode.decoder][source].units[stripe, row]
+        inputs = [
+            _joined(cut(slots[p.src][p.source].data[p.role], p.role, p.run) for p in parts)
+            for parts in decode.inputs
+        ]
+        whole = np.empty(decode.length, np.uint8)
+        Code(len(inputs) + 1, 1).decode(inputs, {row: unit}, [whole])
+        edges = np.cumsum([0, *(run.numel * WIDTH[role] for role, run in decode.lost)])
+        return {key: whole[a:b] for key, (a, b) in zip(decode.lost, pairwise(edges), strict=True)}
+
+
+def _joined(parts: Iterable[Array]) -> Array:
+    return np.concatenate([np.empty(0, np.uint8), *parts])
