@@ -19,6 +19,10 @@ class GenerationChanged(OutlastError):
     """The running generation was replaced while an operation of it was in flight."""
 
 
+class JobComplete(OutlastError):
+    """The other ranks have finished all their work and left."""
+
+
 class Corrupt(OutlastError):
     """Bytes do not match their checksum or their declared shape; names the place."""
 

@@ -56,7 +56,10 @@ class Roster:
 
     def wanted(self, view: View, suspects: Collection[str], room: int) -> tuple[Member, ...]:
         """The members as they should be, at most `room`: those not lost, as they describe
-        themselves, then those that want in."""
+        themselves, then those that want in. A complete job's members stay as they are: some of
+        its workers are gone and would never connect again."""
+        if any(self._latest(member).complete for member in view.members):
+            return view.members
         kept = [
             self._latest(member)
             for member in view.members

@@ -45,7 +45,8 @@ class Member:
 
     host, port: the control address that others dial. workers: those that take part in the data
     plane. restarts: bumped to make everybody restart. finished: all its workers ended with 0.
-    elastic: its workers speak outlast. memories: how many memories of dead workers it still holds.
+    elastic: its workers speak outlast. memories: how many memories of dead workers it keeps for
+    workers that will come back. complete: a worker ended well, so the view stays as it is.
     """
 
     agent: str
@@ -57,6 +58,7 @@ class Member:
     finished: bool = False
     elastic: bool = False
     memories: int = 0
+    complete: bool = False
 
     def shape(self) -> tuple[object, ...]:
         """What a generation is about: two descriptions of one shape differ only in notes, which
@@ -87,6 +89,7 @@ class Member:
             finished=field(data, "finished", bool),
             elastic=field(data, "elastic", bool),
             memories=field(data, "memories", int),
+            complete=field(data, "complete", bool),
         )
         _unique("local_rank", [worker.local_rank for worker in member.workers])
         return member

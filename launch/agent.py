@@ -20,7 +20,7 @@ from outlast.cluster.timing import Timing
 from outlast.cluster.view import Member, View
 from outlast.launch.config import LaunchConfig, host_and_port
 from outlast.launch.console import Console
-from outlast.launch.crew import Crew, keep_pinging
+from outlast.launch.crew import Crew, dismiss, keep_pinging, memories_of_use
 from outlast.launch.event_log import EventLog
 from outlast.launch.link import Message
 from outlast.launch.metrics_log import MetricsLog
@@ -77,12 +77,13 @@ class Agent:
         self._running: View | None = None  # of an elastic job that we are not in yet
         self._plain = PlainJob(self)
         self._succeeded = False
+        self.complete = False  # of an elastic job: a worker ended well, nobody joins any more
 
     def _callbacks(self) -> Callbacks:
         return Callbacks(
             on_install=self._install,
             on_running=self._join,
-            on_described=lambda member: self._check_end(),
+            on_described=self._described,
             on_message=self._hear,
             on_suspect=self._suspect,
             on_refused=lambda cause: self.event("refused_peer", cause=cause),
@@ -131,6 +132,12 @@ class Agent:
         members = self.view.members if self.view else ()
         return any(self.mesh.members.get(m.agent, m).elastic for m in members)
 
+    @property
+    def writes_metrics(self) -> bool:
+        """Whether this is the agent of rank 0, whose workers see every step."""
+        workers = self.view.workers if self.view else ()
+        return bool(workers) and workers[0][0].agent == self.agent
+
     def event(self, name: str, **fields: Any) -> None:
         """Write to the event log."""
         self.events.write(name, fields)
@@ -160,12 +167,14 @@ class Agent:
             return
         settled = self.crew.settled
         ended_well = any(slot.done for slot in self.crew.slots)
-        if settled and ended_well and not self._succeeded:
-            self._succeeded = True
+        if ended_well and (settled or self.elastic) and not self._succeeded:
             self.mesh.broadcast({"kind": "done"})
+            self._succeed()
         me = replace(
-            self.mesh.me, workers=self.crew.workers(), restarts=self.restarts, finished=settled,
-            elastic=self.crew.ever_attached, memories=len(self.crew.memory.kept),
+            self.mesh.me, restarts=self.restarts, finished=settled, complete=self.complete,
+            workers=self.mesh.me.workers if self.complete else self.crew.workers(),
+            elastic=self.crew.ever_attached,
+            memories=memories_of_use(self.crew, self.config.max_restarts),
         )  # fmt: skip
         if self._running is not None and self.view is None:
             if not self.crew.complete:
@@ -217,8 +226,8 @@ class Agent:
         if first and view.generation > 1:
             self.event("joined", generation=view.generation)
         self.progress.install(view, detected, agreed)
-        self.metrics.founding |= view.generation == 1
-        if self.progress.speaks:
+        if self.writes_metrics:
+            self.metrics.founding |= view.generation == 1
             self.metrics.write()
         if self.elastic:
             if self.crew.started:
@@ -247,12 +256,27 @@ class Agent:
             if kind == "store":
                 self.desk.push(message)
             elif kind == "done":
-                self._succeeded = True
+                self._succeed()
+                self.describe()
             elif kind == "end":
                 code = message["code"]
                 self.end(Outcome(int(code), str(message["text"])))
         except (Misuse, KeyError, TypeError, ValueError) as error:
             self.event("malformed", peer=agent, cause=str(error))
+
+    def _succeed(self) -> None:
+        """A worker somewhere ended well."""
+        self._succeeded = True
+        if self.elastic and not self.complete:
+            self.complete = True
+            dismiss(self.crew)
+            for worker in self.crew.attached:
+                worker.send({"kind": "complete"})
+
+    def _described(self, member: Member) -> None:
+        if member.complete and self._running is not None and self.view is None:
+            self.end(Outcome(0, "the job was complete before this node could join"))
+        self._check_end()
 
     def _suspect(self, agent: str, node: str, cause: str) -> None:
         self.progress.causes[agent] = cause

@@ -22,9 +22,17 @@ from outlast.launch.memory_holder import MemoryHolder
 from outlast.launch.torch_environment import torch_environment
 from outlast.launch.worker_process import WorkerOrder, WorkerProcess, exit_text
 
+# A worker that was killed is the machine's fault and not the script's: it comes back also without
+# --max-restarts, so often. A script that is killed for what it does (memory) stops some day.
+KILLS_FORGIVEN = 16
+
 
 class CrewOwner(Protocol):
     """The agent, as its crew sees it."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether a worker of this elastic job has ended well."""
 
     @property
     def elastic(self) -> bool:
@@ -70,7 +78,7 @@ class Crew:
         self._config, self._owner, self._directory = config, owner, directory
         self.memory = MemoryHolder()
         self.slots = [Slot(rank, new_holder()) for rank in range(config.nproc_per_node)]
-        self._respawns = 0
+        self.respawns = 0
         self.started = self.ever_attached = False
 
     def workers(self) -> tuple[Worker, ...]:
@@ -194,9 +202,10 @@ class Crew:
             self._owner.failed(worker, code, False)
             return
         worker.lose(exit_text(code))
-        respawn = self._respawns < self._config.max_restarts
+        limit = self._config.max_restarts + (KILLS_FORGIVEN if code < 0 else 0)
+        respawn = self.respawns < limit and not self._owner.complete
         if respawn:
-            self._respawns += 1
+            self.respawns += 1
             slot.holder = new_holder()
         slot.closed = not respawn
         self._owner.failed(worker, code, respawn)
@@ -214,6 +223,22 @@ async def keep_pinging(crew: Crew, timing: Timing) -> None:
             worker.send({"kind": "ping", "n": count})
             worker.check_silence(timing, now)
         before = now
+
+
+def memories_of_use(crew: Crew, max_restarts: int) -> int:
+    """Memories of dead workers that a worker of this node will still be able to read."""
+    coming = any(not slot.done and not slot.closed for slot in crew.slots)
+    left = crew.respawns < max_restarts + KILLS_FORGIVEN
+    return len(crew.memory.kept) if coming and left else 0
+
+
+def dismiss(crew: Crew) -> None:
+    """The job is complete: who is not in the data plane by now is not needed any more."""
+    for slot in crew.slots:
+        worker = slot.process
+        if worker is not None and not slot.member and not slot.done:
+            slot.closed = worker.expected = True
+            worker.signal(signal.SIGTERM)
 
 
 def new_holder() -> int:

@@ -48,10 +48,12 @@ class Progress:
         took = sum(phases.values()) if isinstance(phases, dict) else 0.0
         rungs = message.get("rungs")
         names = ", ".join(rungs) if isinstance(rungs, dict) and rungs else "nothing was lost"
-        self.say(
-            f"generation {generation}: recovered at step {message.get('step')} in {took:.0f} ms"
-            f" ({names})"
-        )
+        step = message.get("step")
+        if generation == 1:
+            self.say(f"training starts at step {step}")
+        else:
+            went = f"goes on at step {step} after {took:.0f} ms ({names})"
+            self.say(f"generation {generation}: {went}")
 
     def _changes(self, before: View, view: View) -> str:
         texts = []

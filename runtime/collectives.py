@@ -13,6 +13,7 @@ group and they are parked until it completes. NCCL has `abort` and needs none of
 import json
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -221,10 +222,15 @@ def shut_down(store: RendezvousStore) -> None:
     published = b"".join(store.values())
     for name in os.listdir("/proc/self/fd"):
         try:
-            end = socket.socket(fileno=os.dup(int(name)))
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            duplicate = os.dup(int(name))
         except OSError:
-            continue  # closed since the listing, or no socket
-        with end:
+            continue  # closed since the listing
+        if not stat.S_ISSOCK(os.fstat(duplicate).st_mode):
+            os.close(duplicate)  # the number was given to a file meanwhile
+            continue
+        with socket.socket(fileno=duplicate) as end:
             if end.family not in (socket.AF_INET, socket.AF_INET6):
                 continue
             try:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-from outlast.cluster.errors import GenerationChanged, Misuse, PeerLost
+from outlast.cluster.errors import GenerationChanged, JobComplete, Misuse, PeerLost
 from outlast.cluster.timing import Timing
 from outlast.cluster.view import Member, View, Worker
 from outlast.runtime.collectives import Communicator, Graveyard, connect, shut_down
@@ -96,6 +96,7 @@ class AgentLink:
         self._stores: dict[int, RendezvousStore] = {}
         self._view: View | None = None
         self._received = 0.0
+        self._complete = False
         self._current: Generation | None = None
         self._graveyard = Graveyard()
         self._device = torch.device("cpu")
@@ -154,6 +155,7 @@ class AgentLink:
 
         Raises:
             PeerLost: none came by the deadline.
+            JobComplete: none will come.
         """
 
         def found() -> bool:
@@ -166,8 +168,10 @@ class AgentLink:
             )
 
         with self._state:
-            if not self._state.wait_for(found, deadline_s):
+            if not self._state.wait_for(lambda: found() or self._complete, deadline_s):
                 raise PeerLost(f"no generation after {newer_than} within {deadline_s:.0f} s")
+            if not found():
+                raise JobComplete("the job is complete: other ranks have finished and left")
             assert self._current is not None
             return self._current
 
@@ -199,6 +203,10 @@ class AgentLink:
             elif kind == "store":
                 value = base64.b64decode(message["value"])
                 self._store(message["generation"]).put(message["key"], value)
+            elif kind == "complete":
+                with self._state:
+                    self._complete = True
+                    self._state.notify_all()
             elif kind == "view":
                 self._install(View.from_json(message["view"]))
             else:
@@ -335,7 +343,5 @@ def _hold_latch(descriptor: int) -> None:
     status = libc.pthread_mutex_lock(ctypes.c_void_p(address))
     if status != 0:
         raise OSError(status, os.strerror(status))
-    _HELD.append(region)
-
-
-_HELD: list[mmap.mmap] = []  # mapped until the process ends
+    # Mapped until the process ends: the interpreter must not unmap it at an orderly exit.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(region))

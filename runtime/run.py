@@ -27,7 +27,7 @@ from outlast.checkpoint.ladder import Ladder
 from outlast.checkpoint.memory import StateMemory, memory_bytes
 from outlast.checkpoint.records import StateShape
 from outlast.cluster.environment import environment
-from outlast.cluster.errors import GenerationChanged, Misuse, PeerLost
+from outlast.cluster.errors import GenerationChanged, JobComplete, Misuse, PeerLost
 from outlast.runtime import recovery
 from outlast.runtime.determinism import pin, seed_all
 from outlast.runtime.flat_model import FlatModel
@@ -171,7 +171,10 @@ class Run:
                 training.membership.redundancy.finish()
                 training.membership.generation.communicator.gather_bytes(b"")
             except _INTERRUPTED:
-                self.recover()
+                try:
+                    self.recover()
+                except JobComplete:
+                    return  # somebody passed this barrier, so everybody had done all steps
             else:
                 return
 

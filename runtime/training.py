@@ -191,6 +191,9 @@ class Training:
         self.gather()
         self.committed = index + 1
         self.losses = tuple(losses)
+        if index == self.restored:
+            number = now.generation.view.generation
+            self.link.send(kind="event", event="resumed", generation=number, step=self.committed)
         if self.settings.zero == 2:
             self.stack.release()
         self._clean_up(now)
