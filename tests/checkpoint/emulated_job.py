@@ -8,7 +8,7 @@ step."""
 import json
 from collections.abc import Collection, Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
 
@@ -190,6 +190,11 @@ class EmulatedJob:
         """The worker dies, its node keeps the memory."""
         if holder in self.ranks:
             self.ranks.remove(holder)
+
+    def tear(self, holder: int) -> None:
+        """Bits flip in every run of the worker's state; its survey leaves them out."""
+        memory = self.memories[holder]
+        memory.halves = [half and replace(half, held=()) for half in memory.halves]
 
     def join(self, holder: int, node: str) -> None:
         self.memories[holder] = Memory(node)

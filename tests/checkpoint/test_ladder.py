@@ -244,6 +244,20 @@ def test_parity_gives_exactly_the_lost_share() -> None:
     assert decision.rungs(job.shape)["parity"] == lost * job.shape.element_bytes
 
 
+def torn(job: EmulatedJob, count: int) -> EmulatedJob:
+    for holder in job.ranks[:count]:
+        job.tear(holder)
+    return job
+
+
+def test_flipped_bits_of_one_worker_come_back_and_of_two_are_refused() -> None:
+    decision = torn(healthy(4, 1), 1).recover()
+    assert decision.step == 3
+    assert decision.decodes
+    with pytest.raises(StateLost):
+        torn(healthy(4, 1), 2).recover()
+
+
 def test_nothing_lost_nothing_moved() -> None:
     decision = healthy(3, 1, space=small_space((960, 960))).recover()
     assert (decision.step, decision.transfers, decision.decodes) == (3, (), ())
@@ -312,7 +326,7 @@ def test_planted_decode_of_two_lost_units_gives_wrong_bytes(
     monkeypatch.setattr(module._Attempt, "_decode", begin)
     monkeypatch.setattr(module._Attempt, "_locate", flawed)
     with pytest.raises(AssertionError, match="wrong bytes"):
-        check(healthy(5, 1))
+        torn(healthy(4, 1), 2).recover()
 
 
 def test_planted_flipped_state_is_noticed() -> None:
