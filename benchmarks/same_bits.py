@@ -20,6 +20,7 @@ from pathlib import Path
 from job import GPT, SMALL, Job, Nodes, Strength, outlast, say, table, workspace, write_json
 
 END_LIMIT_S = 900.0
+PACE_S = 1.0  # a step of a disturbed run takes at least that: what was killed needs time to return
 LAST = 8  # no more losses in so many last steps: what comes back must still meet the job
 
 
@@ -43,7 +44,7 @@ def undisturbed(out: Path, ranks: int, command: list[str]) -> str:
 def disturbed(out: Path, steps: int, command: list[str], generator: random.Random) -> str:
     """A run with a join and with as many losses as fit; returns what happened."""
     done = {"worker": 0, "node": 0, "join": 0}
-    with Job(out, [*command, "--pace=0.5"], Strength(nodes=4, least=3)) as job:
+    with Job(out, [*command, f"--pace={PACE_S}"], Strength(nodes=4, least=3)) as job:
         job.await_strength(ranks=3, commits=1)
         job.nodes.start(job.nodes.names[-1])
         done["join"] += 1
@@ -54,7 +55,7 @@ def disturbed(out: Path, steps: int, command: list[str], generator: random.Rando
             member = generator.choice(job.members)
             kind = "worker" if done["worker"] <= done["node"] else "node"
             pid = job.nodes.workers(member["node"])[0]
-            job.random_moment(generator, 0.5)
+            job.random_moment(generator, PACE_S)
             if kind == "worker":
                 os.kill(pid, signal.SIGKILL)
                 job.await_view_without(int(member["workers"][0]))
