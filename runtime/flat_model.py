@@ -100,7 +100,7 @@ def _check(module: nn.Module, trained: dict[str, nn.Parameter]) -> None:
     if len(dtypes) > 1:
         raise Misuse(f"parameters of {sorted(map(str, dtypes))}: pass dtype= to prepare()")
     for name, part in module.named_modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats:
+        if isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats:
             raise Misuse(
                 f"{name or type(part).__name__} keeps running statistics of the samples its rank "
                 "saw, so results would depend on the world size: use GroupNorm or LayerNorm, or "

@@ -96,7 +96,9 @@ def _scheduler(schedule: ScheduleFactory | None, optimizer: Optimizer) -> LRSche
         return LambdaLR(optimizer, lambda step: 1.0)
     try:
         made: Any = schedule(optimizer)  # type: ignore[arg-type]
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, LookupError):  # it calculates with a step, or looks it up
+        return LambdaLR(optimizer, schedule)  # type: ignore[arg-type]
+    if isinstance(made, int | float):  # a function of the step that only compares it
         return LambdaLR(optimizer, schedule)  # type: ignore[arg-type]
     if isinstance(made, ReduceLROnPlateau) or not isinstance(made, LRScheduler):
         raise Misuse("schedule must be step -> factor, or optimizer -> a scheduler without metrics")
