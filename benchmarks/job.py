@@ -5,6 +5,7 @@ and started again. What happened is read from the logs of the job alone: the eve
 workers, and the commit of every step.
 """
 
+import argparse
 import json
 import math
 import random
@@ -166,6 +167,27 @@ class Job:
             f"a view without {node}", RETURN_LIMIT_S,
         )  # fmt: skip
         self.nodes.start(node)
+
+
+def launched(out: Path, command: Sequence[str], limit_s: float = 900.0) -> int | None:
+    """Run one command to its end, whatever it starts included; its exit code."""
+    with Nodes(["launcher"], command, out, secrets.token_hex(32)) as nodes:
+        nodes.start("launcher")
+        code = nodes.wait(limit_s)["launcher"]
+    if code != 0:
+        say(f"ended with {code}:\n" + (out / "launcher.log").read_text(errors="replace")[-2000:])
+    return code
+
+
+def parser_of(text: str | None) -> argparse.ArgumentParser:
+    """A command line with the flags that all benchmarks have; `text` is the module's docstring."""
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of victims, instants and trainings")
+    parser.add_argument("--out", type=Path, help="keep the logs here")
+    parser.add_argument("--json", type=Path, help="write all single values to this file")
+    return parser
 
 
 @contextmanager

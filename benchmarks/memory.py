@@ -13,21 +13,20 @@ state of the optimizer is 12 bytes per parameter (fp32 parameter or master, and 
     leaf gradients kept  0 between steps in ZeRO 2; else 4 psi for each buffer that a step needs
 
 Measured are the tensors and the records in each worker's process after some steps; a line is
-`equal` if all ranks equal the formula. Resident memory (of which shared: the halves) is told for
-orientation, it contains Python, torch and the batches.
+`equal` if all ranks equal the formula. Resident memory is for orientation: it contains Python,
+torch and the batches; its shared part has the halves, and libraries.
 """
 
 import argparse
 import json
-import secrets
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from job import Nodes, outlast, say, table, workspace, write_json
+from job import launched, outlast, parser_of, say, table, workspace, write_json
 
-GRAIN, LEAVES, LIMIT_S, MIB = 64, 8, 300.0, 2**20
+GRAIN, LEAVES, MIB = 64, 8, 2**20
 WHAT = ("working parameters", "reduced gradient", "state, two halves", "parity, two halves",
         "leaf gradients kept")  # fmt: skip
 
@@ -115,12 +114,8 @@ def measured(out: Path, ranks: int, zero: int, dtype: str) -> list[dict[str, Any
         "launch", "--standalone", "--nnodes", str(ranks), "--log-dir", str(out / "logs"),
         str(Path(__file__).resolve()), f"--result={out}", "--zero", str(zero), "--dtypes", dtype,
     )  # fmt: skip
-    with Nodes(["launcher"], command, out, secrets.token_hex(32)) as nodes:
-        nodes.start("launcher")
-        code = nodes.wait(LIMIT_S)["launcher"]
-    if code != 0:
-        text = (out / "launcher.log").read_text(errors="replace")[-2000:]
-        raise SystemExit(f"ended with {code}:\n{text}")
+    if launched(out, command) != 0:
+        raise SystemExit(1)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -140,14 +135,10 @@ def lines(reports: list[dict[str, Any]], zero: int, dtype: str) -> list[list[obj
 
 def main() -> None:
     """The command line; the exit code is 1 if anything differs from its formula."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--ranks", nargs="+", type=int, choices=(1, 2, 3, 4), default=[1, 2, 3, 4])
     parser.add_argument("--zero", nargs="+", type=int, choices=(0, 1, 2), default=[0, 1, 2])
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument("--out", type=Path, help="keep the logs here")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.result:

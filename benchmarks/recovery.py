@@ -34,12 +34,13 @@ from job import (
     Job,
     Strength,
     median,
+    parser_of,
     quantile,
     say,
     table,
     workspace,
     write_json,
-)
+)  # fmt: skip
 from phases import NAMES, phase_of
 
 from outlast.cluster.timing import Timing
@@ -137,20 +138,15 @@ def row(name: str, results: list[dict[str, Any]]) -> list[object]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     names = ("worker", "node", "proposer", "frozen")
     parser.add_argument("--scenarios", nargs="+", choices=names, default=names)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--no-aimed", action="store_true", help="uniform instants only")
-    parser.add_argument("--seed", type=int, default=0, help="of victims and instants")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--out", type=Path, help="keep the logs here")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {}
     with workspace(args.out) as out:

@@ -12,12 +12,23 @@ import argparse
 import json
 import os
 import random
-import secrets
 import signal
 from itertools import product
 from pathlib import Path
 
-from job import GPT, SMALL, Job, Nodes, Strength, outlast, say, table, workspace, write_json
+from job import (
+    GPT,
+    SMALL,
+    Job,
+    Strength,
+    launched,
+    outlast,
+    parser_of,
+    say,
+    table,
+    workspace,
+    write_json,
+)  # fmt: skip
 
 END_LIMIT_S = 900.0
 PACE_S = 1.0  # a step of a disturbed run takes at least that: what was killed needs time to return
@@ -29,16 +40,6 @@ def script(args: argparse.Namespace, zero: int, dtype: str, digest: Path) -> lis
     return [GPT, *SMALL, f"--steps={args.steps}", f"--seed={args.seed}", "--dropout=0.1",
             "--clip=0.5", "--warmup=5", f"--zero={zero}", f"--dtype={dtype}",
             f"--digest-file={digest}"]  # fmt: skip
-
-
-def undisturbed(out: Path, ranks: int, command: list[str]) -> str:
-    """A run on one node that nothing happens to; returns how it ended if not well."""
-    launch = outlast("launch", "--standalone", "--nproc-per-node", str(ranks), "--log-dir",
-                     str(out / "logs"), *command)  # fmt: skip
-    with Nodes(["node0"], launch, out / "nodes", secrets.token_hex(32)) as nodes:
-        nodes.start("node0")
-        code = nodes.wait(END_LIMIT_S)["node0"]
-    return "" if code == 0 else f"exit code {code}"
 
 
 def disturbed(out: Path, steps: int, command: list[str], generator: random.Random) -> str:
@@ -81,17 +82,12 @@ def _strong(job: Job, steps: int) -> bool:
 
 def main() -> None:
     """The command line; the exit code is 1 if digests of one dtype differ."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--ranks", nargs="*", type=int, default=[1, 2, 3, 4, 5, 8])
     parser.add_argument("--zero", nargs="+", type=int, choices=(0, 1, 2), default=[0, 1, 2])
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--no-losses", action="store_true", help="leave the disturbed runs out")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="keep the logs here")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows: list[list[object]] = []
     generator = random.Random(args.seed)
@@ -101,7 +97,10 @@ def main() -> None:
                 here = out / f"{dtype}-zero{zero}-{ranks or 'losses'}"
                 command = script(args, zero, dtype, here / "digest.json")
                 if ranks:
-                    what = undisturbed(here, ranks, command)
+                    launch = outlast("launch", "--standalone", "--nproc-per-node", str(ranks),
+                                     "--log-dir", str(here / "logs"), *command)  # fmt: skip
+                    code = launched(here, launch, END_LIMIT_S)
+                    what = f"exit code {code}" if code else "none"
                 else:
                     what = disturbed(here, args.steps, command, generator)
                 file = here / "digest.json"

@@ -13,12 +13,25 @@ import argparse
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import psutil
-from job import GPT, SMALL, Job, Strength, median, say, table, workspace, write_json
+from job import (
+    GPT,
+    SMALL,
+    Job,
+    Strength,
+    median,
+    parser_of,
+    say,
+    table,
+    workspace,
+    write_json,
+)  # fmt: skip
 
 MIB = 2**20
+SETTLE_S = 3.0  # the groups of the last view are taken down behind the training
 ALLOWANCE = {"files": 2.0, "threads": 2.0, "MiB": 16.0}
 Note = dict[str, dict[str, float]]  # process -> quantity -> value
 
@@ -48,6 +61,7 @@ def soak(args: argparse.Namespace, out: Path) -> list[Note]:
             job.await_strength()
             victim = job.nodes.names[-1]
             if done % args.every == 0 or done == args.rounds:
+                time.sleep(SETTLE_S)
                 notes.append(note(job, victim))
                 say(f"round {done}: step {job.watch.step}, generation of the view "
                     f"{(job.watch.view or {}).get('generation')}")  # fmt: skip
@@ -77,14 +91,9 @@ def summary(notes: list[Note]) -> list[list[object]]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--every", type=int, default=10, help="rounds between two notes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="keep the logs here")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with workspace(args.out) as out:
         notes = soak(args, out / "soak")

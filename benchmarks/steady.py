@@ -18,17 +18,16 @@ for the slowest rank, `parity` is what is left of the exchange after it ran besi
 
 import argparse
 import json
-import secrets
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from job import Nodes, median, outlast, say, table, workspace, write_json
+from job import launched, median, outlast, parser_of, say, table, workspace, write_json
 from phases import NAMES, Phases
 
-RANKS, LEAVES, DROPPED, LIMIT_S = 4, 8, 2, 1200.0
+RANKS, LEAVES, DROPPED = 4, 8, 2
 VARIANTS = ("parity", "slots", "bare", "ddp")
 CLIP, RATE, BETAS, DECAY = 1.0, 1e-3, (0.9, 0.95), 0.1
 
@@ -157,12 +156,8 @@ def measured(variant: str, args: argparse.Namespace, out: Path) -> list[dict[str
     else:
         command = outlast("launch", "--standalone", f"--nnodes={RANKS}", "--log-dir",
                           str(out / "logs"), *worker)  # fmt: skip
-    with Nodes(["launcher"], command, out, secrets.token_hex(32)) as nodes:
-        nodes.start("launcher")
-        code = nodes.wait(LIMIT_S)["launcher"]
-    if code != 0:
-        text = (out / "launcher.log").read_text(errors="replace")[-2000:]
-        raise SystemExit(f"{variant} ended with {code}:\n{text}")
+    if launched(out, command) != 0:
+        raise SystemExit(1)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
 
 
@@ -205,9 +200,7 @@ def report(args: argparse.Namespace, found: dict[str, list[list[dict[str, Any]]]
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="the last is the measure")
     add("--rounds", type=int, default=5)
@@ -218,8 +211,6 @@ def main() -> None:
     add("--context", type=int, default=64)
     add("--batch-size", type=int, default=8)
     add("--dropout", type=float, default=0.1)
-    add("--out", type=Path, help="keep the logs here")
-    add("--json", type=Path)
     add("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     add("--result", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
