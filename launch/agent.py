@@ -10,7 +10,7 @@ import asyncio
 import os
 import secrets
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from outlast.cluster.timing import Timing
 from outlast.cluster.view import Member, View
 from outlast.launch.config import LaunchConfig, host_and_port
 from outlast.launch.console import Console
-from outlast.launch.crew import Crew, dismiss, keep_pinging, memories_of_use
+from outlast.launch.crew import Crew, keep_pinging, memories_of_use
+from outlast.launch.ending import Ending, Outcome
 from outlast.launch.event_log import EventLog
 from outlast.launch.link import Message
 from outlast.launch.metrics_log import MetricsLog
@@ -35,16 +36,6 @@ EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_INTERNAL = 70  # EX_SOFTWARE
 EXIT_NO_QUORUM = 75  # EX_TEMPFAIL: a scheduler may start the job again from its checkpoint
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How an incarnation ended: exit code, what to say, whether workers get a grace, what next."""
-
-    code: int
-    text: str = ""
-    graceful: bool = True
-    rejoin: bool = False
 
 
 class Agent:
@@ -72,18 +63,17 @@ class Agent:
             job_id=config.job, key=key, endpoints=endpoints,
             min_nodes=config.min_nodes, max_nodes=config.max_nodes,
         )  # fmt: skip
+        self.ending = Ending(self)
         self.mesh = Mesh(job, me, self.timing, self._callbacks())
         self.restarts = 0
-        self._running: View | None = None  # of an elastic job that we are not in yet
+        self.running: View | None = None  # of an elastic job that we are not in yet
         self._plain = PlainJob(self)
-        self._succeeded = False
-        self.complete = False  # of an elastic job: a worker ended well, nobody joins any more
 
     def _callbacks(self) -> Callbacks:
         return Callbacks(
             on_install=self._install,
             on_running=self._join,
-            on_described=self._described,
+            on_described=self.ending.described,
             on_message=self._hear,
             on_suspect=self._suspect,
             on_refused=lambda cause: self.event("refused_peer", cause=cause),
@@ -127,16 +117,10 @@ class Agent:
     @property
     def elastic(self) -> bool:
         """Whether workers of this job speak outlast: ours, or those of any member."""
-        if self.crew.ever_attached or self._running is not None:
+        if self.crew.ever_attached or self.running is not None:
             return True
         members = self.view.members if self.view else ()
         return any(self.mesh.members.get(m.agent, m).elastic for m in members)
-
-    @property
-    def writes_metrics(self) -> bool:
-        """Whether this is the agent of rank 0, whose workers see every step."""
-        workers = self.view.workers if self.view else ()
-        return bool(workers) and workers[0][0].agent == self.agent
 
     def event(self, name: str, **fields: Any) -> None:
         """Write to the event log."""
@@ -167,29 +151,29 @@ class Agent:
             return
         settled = self.crew.settled
         ended_well = any(slot.done for slot in self.crew.slots)
-        if ended_well and (settled or self.elastic) and not self._succeeded:
+        if ended_well and (settled or self.elastic) and not self.ending.succeeded:
             self.mesh.broadcast({"kind": "done"})
-            self._succeed()
+            self.ending.succeed()
         me = replace(
-            self.mesh.me, restarts=self.restarts, finished=settled, complete=self.complete,
-            workers=self.mesh.me.workers if self.complete else self.crew.workers(),
+            self.mesh.me, restarts=self.restarts, finished=settled, complete=self.ending.complete,
+            workers=self.mesh.me.workers if self.ending.complete else self.crew.workers(),
             elastic=self.crew.ever_attached,
             memories=memories_of_use(self.crew, self.config.max_restarts),
         )  # fmt: skip
-        if self._running is not None and self.view is None:
+        if self.running is not None and self.view is None:
             if not self.crew.complete:
                 return
             self.mesh.describe(me)
             self.mesh.request_join()
         elif me != self.mesh.me:
             self.mesh.describe(me)
-        self._check_end()
+        self.ending.check()
 
     def failed(self, worker: WorkerProcess, code: int, respawn: bool) -> None:
         """A worker ended badly: go on without it, with a new one, from the start, or not at all."""
         if self.outcome.done():
             return
-        view = self.view or self._running
+        view = self.view or self.running
         assert view is not None, "workers run in a view"
         who = f"rank {worker.rank} ({self.node}, local rank {worker.local_rank}, pid {worker.pid})"
         text = f"{who} {exit_text(code)}"
@@ -213,7 +197,7 @@ class Agent:
     def _install(self, view: View, detected: float, agreed: float, proposer: str) -> None:
         if self.outcome.done():
             return
-        first, self.view, self._running = self.view is None, view, None
+        first, self.view, self.running = self.view is None, view, None
         self.times = {"detected": detected, "agreed": agreed}
         self.crew.rank(view)
         self.desk.relay.install(view.generation)
@@ -226,7 +210,7 @@ class Agent:
         if first and view.generation > 1:
             self.event("joined", generation=view.generation)
         self.progress.install(view, detected, agreed)
-        if self.writes_metrics:
+        if self.progress.hosts_rank_0:
             self.metrics.founding |= view.generation == 1
             self.metrics.write()
         if self.elastic:
@@ -236,16 +220,16 @@ class Agent:
                 self.crew.start(view, self.mesh.me)
         else:
             self._plain.follow(view)
-        self._check_end()
+        self.ending.check()
 
     def _join(self, view: View) -> None:
         """A job runs without us. An elastic one is joined when our workers are ready."""
-        if self.outcome.done() or self.view is not None or self._running is not None:
+        if self.outcome.done() or self.view is not None or self.running is not None:
             return
         if not any(self.mesh.members.get(m.agent, m).elastic for m in view.members):
             self.mesh.request_join()
             return
-        self._running = view
+        self.running = view
         for slot in self.crew.slots:
             slot.member = False
         self.crew.start(view, self.mesh.me)
@@ -256,7 +240,7 @@ class Agent:
             if kind == "store":
                 self.desk.push(message)
             elif kind == "done":
-                self._succeed()
+                self.ending.succeed()
                 self.describe()
             elif kind == "end":
                 code = message["code"]
@@ -264,34 +248,9 @@ class Agent:
         except (Misuse, KeyError, TypeError, ValueError) as error:
             self.event("malformed", peer=agent, cause=str(error))
 
-    def _succeed(self) -> None:
-        """A worker somewhere ended well."""
-        self._succeeded = True
-        if self.elastic and not self.complete:
-            self.complete = True
-            dismiss(self.crew)
-            for worker in self.crew.attached:
-                worker.send({"kind": "complete"})
-
-    def _described(self, member: Member) -> None:
-        if member.complete and self._running is not None and self.view is None:
-            self.end(Outcome(0, "the job was complete before this node could join"))
-        self._check_end()
-
     def _suspect(self, agent: str, node: str, cause: str) -> None:
         self.progress.causes[agent] = cause
         self.event("peer_lost", peer=agent, peer_node=node, cause=cause)
-
-    def _check_end(self) -> None:
-        """The job has ended when nothing more comes from any member."""
-        if self.view is None or self.outcome.done() or not self.crew.settled:
-            return
-        others = [m for m in self.view.members if m.agent != self.agent]
-        if all(self.mesh.members.get(m.agent, m).finished for m in others):
-            if self._succeeded:
-                self.end(Outcome(0), broadcast=True)
-            else:
-                self.fail("every worker was lost")
 
 
 def own_address(endpoint: tuple[str, int]) -> str:

@@ -11,7 +11,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from outlast.cluster.environment import inherited
 from outlast.cluster.timing import Timing
@@ -22,6 +22,9 @@ from outlast.launch.memory_holder import MemoryHolder
 from outlast.launch.torch_environment import torch_environment
 from outlast.launch.worker_process import WorkerOrder, WorkerProcess, exit_text
 
+if TYPE_CHECKING:
+    from outlast.launch.ending import Ending
+
 # A worker that was killed is the machine's fault and not the script's: it comes back also without
 # --max-restarts, so often. A script that is killed for what it does (memory) stops some day.
 KILLS_FORGIVEN = 16
@@ -30,9 +33,7 @@ KILLS_FORGIVEN = 16
 class CrewOwner(Protocol):
     """The agent, as its crew sees it."""
 
-    @property
-    def complete(self) -> bool:
-        """Whether a worker of this elastic job has ended well."""
+    ending: "Ending"
 
     @property
     def elastic(self) -> bool:
@@ -203,7 +204,7 @@ class Crew:
             return
         worker.lose(exit_text(code))
         limit = self._config.max_restarts + (KILLS_FORGIVEN if code < 0 else 0)
-        respawn = self.respawns < limit and not self._owner.complete
+        respawn = self.respawns < limit and not self._owner.ending.complete
         if respawn:
             self.respawns += 1
             slot.holder = new_holder()

@@ -14,9 +14,10 @@ import sys
 from functools import partial
 from typing import Any
 
-from outlast.launch.agent import EXIT_INTERNAL, Agent, Outcome
+from outlast.launch.agent import EXIT_INTERNAL, Agent
 from outlast.launch.config import LaunchConfig
 from outlast.launch.console import Console
+from outlast.launch.ending import Outcome
 from outlast.launch.worker_process import PR_SET_PDEATHSIG
 
 PRIORITY = -10  # a worker's death must be news even where every core computes

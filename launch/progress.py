@@ -23,6 +23,12 @@ class Progress:
         """Whether this agent is the first member."""
         return self._view is not None and self._view.members[0].agent == self._agent
 
+    @property
+    def hosts_rank_0(self) -> bool:
+        """Whether rank 0, which sees every step, is a worker of this agent."""
+        workers = self._view.workers if self._view else ()
+        return bool(workers) and workers[0][0].agent == self._agent
+
     def say(self, text: str) -> None:
         """A line about the job, if this agent speaks for it."""
         if self.speaks:

@@ -105,7 +105,7 @@ class WorkerDesk:
     def _log(self, worker: WorkerProcess, message: Message) -> None:
         agent = self._agent
         agent.metrics.record(field(message, "step", int), field(message, "metrics", dict))
-        if agent.writes_metrics:
+        if agent.progress.hosts_rank_0:
             agent.metrics.write()
 
     def _event(self, worker: WorkerProcess, message: Message) -> None:

@@ -10,6 +10,7 @@ forgets to fail it), therefore nobody blocks in `wait`: it is called in short sl
 once the group is interrupted. An operation that was given up still owns its buffers, so the
 group and they are parked until it completes. NCCL has `abort` and needs none of this."""
 
+import ctypes
 import json
 import os
 import socket
@@ -157,8 +158,13 @@ class Graveyard:
         self._lock = threading.Lock()
 
     def bury(self, communicator: Communicator) -> None:
-        """Interrupt a group and drop it, now or as soon as it is quiet; never blocks."""
+        """Interrupt a group and drop it, now or as soon as it is quiet; never blocks.
+
+        Its destructor would wait for an operation that hangs, also while the interpreter ends:
+        until the group is quiet it is kept alive beyond that.
+        """
         communicator.interrupt()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(communicator))
         with self._lock:
             self._parked.append(communicator)
         threading.Thread(target=self._sweep, name="outlast-graveyard", daemon=True).start()
@@ -169,7 +175,9 @@ class Graveyard:
             with self._lock:
                 quiet = [group for group in self._parked if group.retired()]
                 self._parked = [group for group in self._parked if group not in quiet]
-            del quiet[:]
+            for group in quiet:
+                ctypes.pythonapi.Py_DecRef(ctypes.py_object(group))
+            del quiet
             if not self._parked:
                 return
             time.sleep(0.1)

@@ -148,7 +148,10 @@ class Run:
         )
         self._fingerprint = flat.fingerprint()
         self._link.ready(flat.device)
-        recovery.join(self._training, self._fingerprint)
+        try:
+            recovery.join(self._training, self._fingerprint)
+        except JobComplete as complete:
+            raise SystemExit(0) from complete  # we came too late: nothing is left to do
         return flat.module
 
     def steps(self, count: int) -> Iterator["Step"]:
