@@ -63,8 +63,9 @@ def soak(args: argparse.Namespace, out: Path) -> list[Note]:
             if done % args.every == 0 or done == args.rounds:
                 time.sleep(SETTLE_S)
                 notes.append(note(job, victim))
-                say(f"round {done}: step {job.watch.step}, generation of the view "
-                    f"{(job.watch.view or {}).get('generation')}")  # fmt: skip
+                write_json(args.json, {"rounds": done, "notes": notes})
+                most = {q: max(taken[q] for taken in notes[-1].values()) for q in ALLOWANCE}
+                say(f"round {done}: step {job.watch.step}, at most {most}")
             if done < args.rounds:
                 pid = job.nodes.workers(victim)[0]
                 lost = next(m for m in job.members if m["node"] == victim)["workers"][0]
