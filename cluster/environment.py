@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from outlast.cluster.errors import Misuse
 
+LOCAL_RANK = "LOCAL_RANK"
 AGENT_FD = "OUTLAST_AGENT_FD"
 LATCH_FD = "OUTLAST_LATCH_FD"
 JOB_KEY = "OUTLAST_JOB_KEY"
@@ -21,6 +22,7 @@ class Environment:
     """What an agent passes to its workers, and what an operator passes to the agents; None where
     unset."""
 
+    local_rank: int
     agent_fd: int | None
     latch_fd: int | None
     job_key: bytes | None
@@ -36,8 +38,9 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
             f"{JOB_KEY} is shorter than {KEY_BYTES_MIN} bytes: use e.g. `openssl rand -hex 32`"
         )
     return Environment(
-        agent_fd=_descriptor(found, AGENT_FD),
-        latch_fd=_descriptor(found, LATCH_FD),
+        local_rank=_number(found, LOCAL_RANK) or 0,
+        agent_fd=_number(found, AGENT_FD),
+        latch_fd=_number(found, LATCH_FD),
         job_key=None if key is None else key.encode(),
     )
 
@@ -47,12 +50,12 @@ def inherited() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != JOB_KEY}
 
 
-def _descriptor(found: Mapping[str, str], name: str) -> int | None:
+def _number(found: Mapping[str, str], name: str) -> int | None:
     text = found.get(name)
     if text is None:
         return None
     if not (text.isascii() and text.isdigit()):
         raise Misuse(
-            f"{name}={text!r} is not a file descriptor; it is set by `outlast launch` alone"
+            f"{name}={text!r} is not a number; it is set by `outlast launch` alone"
         )
     return int(text)

@@ -98,7 +98,8 @@ class GPT(nn.Module):
 
 def loss_fn(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Mean cross entropy of the next byte, in nats, taken in fp32 whatever the model's dtype."""
-    text, following = batch
+    device = next(model.parameters()).device
+    text, following = (part.to(device, non_blocking=True) for part in batch)
     return F.cross_entropy(model(text).flatten(0, 1).float(), following.flatten())
 
 
@@ -121,7 +122,6 @@ def validate(model: nn.Module, windows: Windows, batches: int, batch_size: int) 
     depend on the world size; leaving them to rank 0 would let the others wait, and a rank 0 that
     dies would take the number with it. This way all ranks know it, for the same wall time.
     """
-    device = next(model.parameters()).device
     count = min(len(windows), batches * batch_size)
     chosen = [windows[i * len(windows) // count] for i in range(count)]
     total = 0.0
@@ -129,7 +129,7 @@ def validate(model: nn.Module, windows: Windows, batches: int, batch_size: int) 
     with torch.no_grad():
         for start in range(0, count, batch_size):
             part = chosen[start : start + batch_size]
-            batch = [torch.stack(column).to(device) for column in zip(*part, strict=True)]
+            batch = [torch.stack(column) for column in zip(*part, strict=True)]
             total += loss_fn(model, batch).item() * len(part)
     model.train()
     return total / count / math.log(2)
@@ -153,6 +153,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--clip", type=float, default=1.0, help="largest norm of the gradient; 0 for no clipping")
     add("--zero", type=int, choices=(0, 1, 2), default=2)
     add("--dtype", choices=("fp32", "bf16"), default="fp32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
     add("--corpus-mb", type=float, default=8.0)
     add("--eval-every", type=int, default=50, help="steps between validations; 0 for none")
@@ -167,6 +168,7 @@ def prepare(run: outlast.Run, args: argparse.Namespace) -> tuple[nn.Module, int]
     """The model, taken over by the run, and the number of its parameters."""
     torch.manual_seed(args.seed)  # the same first parameters on every rank
     network = GPT(Config(**{name: getattr(args, name) for name in Config.__dataclass_fields__}))
+    network = network.to(args.device)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     adamw = partial(
         torch.optim.AdamW,

@@ -15,8 +15,10 @@ from outlast.launch.config import LaunchConfig
 
 PORTS = range(20000, 32000)
 
-# An elastic worker aborts its own collectives; NCCL's watchdogs would end the process instead.
-ELASTIC_NCCL = {
+# An elastic worker aborts its own collectives; NCCL's watchdogs would end the process instead. And
+# cuBLAS is deterministic only with a workspace of fixed size.
+ELASTIC_CUDA = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
@@ -50,7 +52,7 @@ def torch_environment(
              for member in members]  # fmt: skip
     group_rank = members.index(me)
     rank, world = sum(sizes[:group_rank]) + local_rank, sum(sizes)
-    defaults = dict(ELASTIC_NCCL)
+    defaults = dict(ELASTIC_CUDA)
     if sizes[group_rank] > 1:
         defaults["OMP_NUM_THREADS"] = "1"
     values = {

@@ -5,17 +5,17 @@ instruction sets, so both are pinned for the life of a process, are the same on 
 travel with the state. A difference is no error, only no longer the same numbers: it is a warning
 that says so."""
 
-import os
 import random
 
 import numpy as np
 import torch
 
 
-def pin(threads: int) -> None:
+def pin(threads: int, local_rank: int) -> None:
     """Fix everything that a process may choose for itself; call before the first kernel."""
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
         # The environment is set by the agent; these are the switches inside torch.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
@@ -34,8 +34,3 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-
-
-def cpu_count() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0))

@@ -61,9 +61,9 @@ def init(
     settings = Settings(seed=seed, leaves=leaves, grain=grain, weight=weight)
     if threads < 1:
         raise Misuse(f"threads={threads}: use 1 or more")
-    pin(threads)
-    seed_all(seed)
     found = environment()
+    pin(threads, found.local_rank)
+    seed_all(seed)
     link: Link = SoloLink() if found.agent_fd is None else AgentLink(found.agent_fd, found.latch_fd)
     return Run(link, settings)
 
