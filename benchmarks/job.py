@@ -10,6 +10,7 @@ import json
 import math
 import random
 import secrets
+import signal
 import statistics
 import sys
 import tempfile
@@ -192,7 +193,11 @@ def parser_of(text: str | None) -> argparse.ArgumentParser:
 
 @contextmanager
 def workspace(keep: Path | None) -> Iterator[Path]:
-    """A directory for logs: `keep` if given, else one that is removed afterwards."""
+    """A directory for logs: `keep` if given, else one that is removed afterwards.
+
+    From here on SIGTERM leaves through the clean-up, so that no job outlives its benchmark.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
         yield keep.absolute()
