@@ -250,10 +250,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags; the default model has 0.9 million parameters."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--steps", type=int, default=100)
+    add("--steps", type=int, default=120)
     add("--nodes", type=int, default=4, help="at least 3, so that a quorum is always left")
-    add("--workers-per-node", type=int, default=1)
-    add("--pace", type=float, default=0.5, help="seconds that a step takes at least")
+    add("--workers-per-node", type=int, default=2)
+    add("--pace", type=float, default=1.0, help="seconds that a step takes at least")
     add("--out", type=Path, default=Path("runs/demo"))
     add("--keep", action="store_true", help="set the results of an earlier demo aside")
     add("--layers", type=int, default=4)
