@@ -60,7 +60,7 @@ def test_any_number_of_ranks_gives_the_same_bits(
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("shape", "zero", "dtype"),
-    itertools.product([(1, 1), (2, 1), (3, 1), (5, 1), (2, 2)], "012", [(), BF16]),
+    list(itertools.product([(1, 1), (2, 1), (3, 1), (5, 1), (2, 2)], "012", [(), BF16])),
 )
 def test_the_whole_grid(
     start: Start, shape: tuple[int, int], zero: str, dtype: tuple[str, ...]
@@ -103,7 +103,7 @@ def test_a_killed_node_and_then_another_change_nothing(start: Start) -> None:
 
 
 def test_two_workers_in_a_row_and_their_return_change_nothing(start: Start) -> None:
-    job = start(2, 2, *SLOW, "--steps", "7", launch=("--max-restarts", "2"))
+    job = start(2, 2, *SLOW, launch=("--max-restarts", "2"))
     job.wait_for_step(1)
     job.workers("node0")[1].kill()
     job.wait_for_recovery(2)
@@ -149,7 +149,7 @@ def test_a_stopped_worker_is_evicted(start: Start) -> None:
         ("lamb", 1, "Lamb is not element-wise"),
         ("six leaves", 1, "leaves=6: use a power of two"),
         ("prepare twice", 1, "prepare() was called twice"),
-        ("break", 2, "step 2 was left before it was committed"),
+        ("break", 2, "exists once the step is committed"),
     ],
 )
 def test_misuse_ends_the_job_with_its_reason(
@@ -157,6 +157,6 @@ def test_misuse_ends_the_job_with_its_reason(
 ) -> None:
     job = start(nodes, 1, "--flaw", flaw)
     assert job.end() == 1, job.output
-    assert f"Misuse: {message}" in job.output or message in job.output
+    assert message in job.output
     assert "Misuse" in job.output
     assert not job.digests

@@ -38,7 +38,7 @@ class TrainingJob:
 
     @property
     def digests(self) -> list[str]:
-        return re.findall(r"^digest ([0-9a-f]{64})$", self.output, re.M)
+        return re.findall(r"digest ([0-9a-f]{64})", self.output)
 
     @property
     def steps(self) -> list[int]:

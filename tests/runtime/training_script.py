@@ -83,7 +83,7 @@ def prepare(run: outlast.Run, options: argparse.Namespace) -> nn.Module:
     flaw = options.flaw
     if flaw == "model by process":
         torch.manual_seed(time.time_ns() % 2**31)
-    adamw = partial(optim.AdamW, lr=3e-3, weight_decay=0.1, fused=options.zero == 1)
+    adamw = partial(optim.AdamW, lr=3e-3, weight_decay=0.1, fused=bool(options.dtype))
     return run.prepare(
         TinyGPT(),
         optimizer=partial(Lamb, lr=1e-3) if flaw == "lamb" else adamw,
