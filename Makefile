@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 DEMO ?=
+BENCHMARKS := plan membership memory steady recovery same_bits soak
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo lint types test test-long test-gpu bench clean
@@ -15,7 +16,7 @@ help:
 	@echo "make test       style, types and the short tests"
 	@echo "make test-long  the tests marked long"
 	@echo "make test-gpu   the tests that need a CUDA device"
-	@echo "make bench      every benchmarks/*.py"
+	@echo "make bench      every benchmark (about an hour)"
 	@echo "make clean      remove what these targets made, $(VENV) included"
 
 setup: $(STAMP)
@@ -53,7 +54,7 @@ test-gpu: setup
 	fi
 
 bench: setup
-	@set -e; for script in $(wildcard benchmarks/*.py); do \
+	@set -e; for script in $(BENCHMARKS:%=benchmarks/%.py); do \
 	  echo "== $$script"; $(BIN)/python $$script; \
 	done
 

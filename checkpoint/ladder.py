@@ -152,8 +152,8 @@ class _Attempt:
         self.owned = {k: s.owned for k, (_, _, s) in self.sources.items() if s.own}
         self.layout = self._target()
         self.wanted = Layout.of({r.rank: self.layout.runs(r.holder) for r in reports})
-        self.held = Layout.of({key: slot.held for key, (_, _, slot) in self.sources.items()})
-        self.plan = plan(self.held, self.wanted)
+        self.held = {key: slot.held for key, (_, _, slot) in self.sources.items()}
+        self.plan = plan(Layout.of(self.held), self.wanted)
         self.missing = {dst: runs for dst, runs in self.plan.missing if runs}
         self.decodes = tuple(self._decodes()) if self.missing else ()
 
@@ -279,7 +279,7 @@ class _Attempt:
             pieces = []
             for key in self.sources:
                 rank, index, _ = self.sources[key]
-                got = intersect(rest, self.held.runs(key))
+                got = intersect(rest, self.held[key])
                 pieces += [Part(rank, index, role, piece) for piece in got]
                 rest = subtract(rest, got)
                 if not rest:

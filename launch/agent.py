@@ -20,7 +20,7 @@ from outlast.cluster.timing import Timing
 from outlast.cluster.view import Member, View
 from outlast.launch.config import LaunchConfig, host_and_port
 from outlast.launch.console import Console
-from outlast.launch.crew import Crew, keep_pinging, memories_of_use
+from outlast.launch.crew import Crew, Slot, keep_pinging, memories_of_use
 from outlast.launch.ending import Ending, Outcome
 from outlast.launch.event_log import EventLog
 from outlast.launch.link import Message
@@ -181,7 +181,9 @@ class Agent:
             if code > 0:
                 self.console.failure(text, worker.failure_text())
             if respawn:
-                self.crew.spawn(self.crew.slots[worker.local_rank], view, self.mesh.me)
+                slot = self.crew.slots[worker.local_rank]
+                pause_s = slot.pause_s(self.timing.heartbeat_s)
+                asyncio.get_running_loop().call_later(pause_s, self._refill, slot, view)
             elif code > 0 or self.view is None:
                 self.fail(text)
             else:
@@ -193,6 +195,10 @@ class Agent:
             self.describe()
         else:
             self.fail(text)
+
+    def _refill(self, slot: Slot, view: View) -> None:
+        if not (self.outcome.done() or slot.closed):
+            self.crew.spawn(slot, self.view or view, self.mesh.me)
 
     def _install(self, view: View, detected: float, agreed: float, proposer: str) -> None:
         if self.outcome.done():

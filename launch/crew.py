@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # A worker that was killed is the machine's fault and not the script's: it comes back also without
 # --max-restarts, so often. A script that is killed for what it does (memory) stops some day.
 KILLS_FORGIVEN = 16
+PAUSE_MAX_S = 30.0
 
 
 class CrewOwner(Protocol):
@@ -70,6 +71,11 @@ class Slot:
     done: bool = False
     closed: bool = False
     spawns: int = 0
+    false_starts: int = 0  # in a row: died before it was ready
+
+    def pause_s(self, heartbeat_s: float) -> float:
+        """How long to wait before it is filled again: a worker that cannot start must not spin."""
+        return min(PAUSE_MAX_S, heartbeat_s * 2**self.false_starts) if self.false_starts else 0.0
 
 
 class Crew:
@@ -207,6 +213,7 @@ class Crew:
         respawn = self.respawns < limit and not self._owner.ending.complete
         if respawn:
             self.respawns += 1
+            slot.false_starts = 0 if worker.ready else slot.false_starts + 1
             slot.holder = new_holder()
         slot.closed = not respawn
         self._owner.failed(worker, code, respawn)

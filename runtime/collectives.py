@@ -155,6 +155,8 @@ class Graveyard:
 
     def __init__(self) -> None:
         self._parked: list[Communicator] = []
+        self._sweeping = False
+        self._pause_s = 0.1
         self._lock = threading.Lock()
 
     def bury(self, communicator: Communicator) -> None:
@@ -167,20 +169,25 @@ class Graveyard:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(communicator))
         with self._lock:
             self._parked.append(communicator)
+            if self._sweeping:
+                return
+            self._sweeping = True
         threading.Thread(target=self._sweep, name="outlast-graveyard", daemon=True).start()
 
     def _sweep(self) -> None:
-        # Dropping a group joins gloo's threads (10 ms): off the critical path, in this thread.
-        for _ in range(100):
+        # Dropping a group joins gloo's threads (10 ms): off the critical path, in this thread. What
+        # hangs ends by gloo's own timeout at the latest.
+        while True:
             with self._lock:
                 quiet = [group for group in self._parked if group.retired()]
                 self._parked = [group for group in self._parked if group not in quiet]
+                self._sweeping = bool(self._parked)
             for group in quiet:
                 ctypes.pythonapi.Py_DecRef(ctypes.py_object(group))
             del quiet
-            if not self._parked:
+            if not self._sweeping:
                 return
-            time.sleep(0.1)
+            time.sleep(self._pause_s)
 
 
 def connect(
