@@ -130,24 +130,18 @@ class EmulatedJob:
         """`holders`, by default all, write and commit a step into their other half."""
         for holder in self.ranks if holders is None else holders:
             owned = self.layout.runs(holder)
-            data = {role.name: self._poison(role.name) for role in ROLES}
+            data = {role.name: _poison(role.name, self.space.numel) for role in ROLES}
             for name, values in data.items():
                 for run in owned:
                     cut(values, name, run)[:] = cut(truth(step, name, self.space.numel), name, run)
-            self._open(holder, step)
+            _open(self.memories[holder], step)
             halves = self.memories[holder].halves
             halves[halves.index(None)] = Half(step, self.generation, owned, owned, data)
-
-    def _open(self, holder: int, step: int) -> None:
-        """Make the half invalid that does not hold the step before."""
-        halves = self.memories[holder].halves
-        stale = [i for i, half in enumerate(halves) if half is None or half.step != step - 1]
-        halves[min(stale, key=lambda i: halves[i] is not None)] = None
 
     def begin(self, step: int, holders: Collection[int]) -> None:
         """`holders` are in the middle of writing a step."""
         for holder in holders:
-            self._open(holder, step)
+            _open(self.memories[holder], step)
 
     def protect(
         self, step: int, encoders: Collection[int] | None = None, flaw: Layout | None = None
@@ -177,9 +171,6 @@ class EmulatedJob:
         parts = stream_parts(self.shape, runs, piece.start, piece.stop)
         return _joined(cut(half.data[role], role, run) for role, run in parts)
 
-    def _poison(self, role: str) -> Array:
-        return np.full(self.space.numel * WIDTH[role], POISON, np.uint8)
-
     # What happens to it
 
     def lose_node(self, node: str) -> None:
@@ -199,11 +190,6 @@ class EmulatedJob:
     def join(self, holder: int, node: str) -> None:
         self.memories[holder] = Memory(node)
         self.ranks.append(holder)
-
-    def unreadable(self, before: "EmulatedJob") -> int:
-        """Nodes of which no memory can be read any more."""
-        living = {self.memories[holder].node for holder in self.ranks}
-        return len(set(before.nodes) - living)
 
     # Recovery
 
@@ -241,15 +227,10 @@ class EmulatedJob:
             owned, data = decision.layout.runs(holder), arrived[rank][0]
             held = union(mine.held if mine else (), arrived[rank][1])
             self._check(decision, holder, owned, held, data)
-            place = halves.index(mine) if mine else self._oldest(halves)
+            place = halves.index(mine) if mine else _oldest(halves)
             halves[place] = Half(decision.step, self.generation, owned, held, data)
         self.layout = decision.layout
         return decision
-
-    @staticmethod
-    def _oldest(halves: list[Half | None]) -> int:
-        steps = [half.step if half else -1 for half in halves]
-        return steps.index(min(steps))
 
     def _check(
         self,
@@ -280,8 +261,8 @@ class EmulatedJob:
         for holder in self.ranks:
             halves = self.memories[holder].halves
             mine = next((h for h in halves if h and h.step == decision.step), None)
-            names = [role.name for role in ROLES]
-            data.append({n: mine.data[n].copy() if mine else self._poison(n) for n in names})
+            fresh = {role.name: _poison(role.name, self.space.numel) for role in ROLES}
+            data.append({n: v.copy() for n, v in mine.data.items()} if mine else fresh)
         arrived: list[list[Run]] = [[] for _ in self.ranks]
         for move in decision.transfers:
             half = slots[move.src][move.source]
@@ -291,7 +272,7 @@ class EmulatedJob:
                 cut(data[move.dst][role.name], role.name, move.run)[:] = from_there
             arrived[move.dst].append(move.run)
         for decode in decision.decodes:
-            rebuilt = self._decode(decode, slots, parity)
+            rebuilt = _decode(decode, slots, parity)
             for dst, role, run in decode.outputs:
                 home, values = next(
                     (home, values)
@@ -304,21 +285,44 @@ class EmulatedJob:
                 arrived[dst].append(run)
         return [(d, union((), runs)) for d, runs in zip(data, arrived, strict=True)]
 
-    @staticmethod
-    def _decode(
-        decode: Decode, slots: list[list[Half]], parity: list[list[ParityHalf]]
-    ) -> dict[tuple[str, Run], Array]:
-        source, stripe, row = decode.unit
-        unit = parity[decode.decoder][source].units[stripe, row]
-        inputs = [
-            _joined(cut(slots[p.src][p.source].data[p.role], p.role, p.run) for p in parts)
-            for parts in decode.inputs
-        ]
-        whole = np.empty(decode.length, np.uint8)
-        Code(len(inputs) + 1, 1).decode(inputs, {row: unit}, [whole])
-        edges = np.cumsum([0, *(run.numel * WIDTH[role] for role, run in decode.lost)])
-        return {key: whole[a:b] for key, (a, b) in zip(decode.lost, pairwise(edges), strict=True)}
 
 
 def _joined(parts: Iterable[Array]) -> Array:
     return np.concatenate([np.empty(0, np.uint8), *parts])
+
+
+def _oldest(halves: list[Half | None]) -> int:
+    steps = [half.step if half else -1 for half in halves]
+    return steps.index(min(steps))
+
+
+def _decode(
+    decode: Decode, slots: list[list[Half]], parity: list[list[ParityHalf]]
+) -> dict[tuple[str, Run], Array]:
+    source, stripe, row = decode.unit
+    unit = parity[decode.decoder][source].units[stripe, row]
+    inputs = [
+        _joined(cut(slots[p.src][p.source].data[p.role], p.role, p.run) for p in parts)
+        for parts in decode.inputs
+    ]
+    whole = np.empty(decode.length, np.uint8)
+    Code(len(inputs) + 1, 1).decode(inputs, {row: unit}, [whole])
+    edges = np.cumsum([0, *(run.numel * WIDTH[role] for role, run in decode.lost)])
+    return {key: whole[a:b] for key, (a, b) in zip(decode.lost, pairwise(edges), strict=True)}
+
+
+def _poison(role: str, numel: int) -> Array:
+    return np.full(numel * WIDTH[role], POISON, np.uint8)
+
+
+def _open(memory: Memory, step: int) -> None:
+    """Make the half invalid that does not hold the step before."""
+    halves = memory.halves
+    stale = [i for i, half in enumerate(halves) if half is None or half.step != step - 1]
+    halves[min(stale, key=lambda i: halves[i] is not None)] = None
+
+
+def unreadable(job: EmulatedJob, before: EmulatedJob) -> int:
+    """Nodes of which no memory can be read any more."""
+    living = {job.memories[holder].node for holder in job.ranks}
+    return len(set(before.nodes) - living)

@@ -16,7 +16,7 @@ from outlast.layout.layout import deal, rebalance
 from outlast.layout.run import numel
 
 sys.path.insert(0, str(Path(__file__).parent))
-from emulated_job import GRAIN, EmulatedJob, small_space
+from emulated_job import GRAIN, EmulatedJob, small_space, unreadable
 
 SIZES = [(nodes, per_node) for nodes in range(2, 7) for per_node in (1, 2)]
 Loss = tuple[str | int, ...]
@@ -64,7 +64,7 @@ def check(job: EmulatedJob, most: int = 2) -> tuple[int, int]:
         try:
             left.recover()
         except StateLost:
-            assert left.unreadable(job) > 1, f"{loss} lost the state"
+            assert unreadable(left, job) > 1, f"{loss} lost the state"
             refused += 1
         else:
             survived += 1
