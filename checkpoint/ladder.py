@@ -78,7 +78,7 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What every rank does next. `step` counts committed steps; `fresh` means nothing is stored
+    """What every rank does next; `step` counts committed steps; `fresh` means nothing is stored
     yet."""
 
     step: int
@@ -88,6 +88,7 @@ class Recovery:
     decodes: tuple[Decode, ...] = ()
     losses: tuple[float, ...] = ()
     scalars: dict[str, float] = field(default_factory=dict)
+    parity: tuple[int, int] | None = None  # (step, generation) that is whole and must be kept
 
     def rungs(self, shape: StateShape) -> dict[str, int]:
         """Bytes that each rung supplied."""
@@ -180,7 +181,28 @@ class _Attempt:
             decodes=self.decodes,
             losses=slots[0].losses,
             scalars=next((slot.scalars for slot in slots if slot.scalars), {}),
+            parity=self._whole_parity(),
         )
+
+    def _whole_parity(self) -> tuple[int, int] | None:
+        """The newest parity up to this step of which every live encoder has its units.
+
+        It is what a further loss falls back on until the parity of the new generation is whole.
+        """
+        made: dict[tuple[int, int], tuple[ParityRecord, set[int]]] = {}
+        for report in self.reports:
+            for source in report.parity:
+                record = source.record
+                if source.own and record.step <= self.step:
+                    key = (record.step, record.generation)
+                    made.setdefault(key, (record, set()))[1].add(report.holder)
+        live = {report.holder for report in self.reports}
+        for key in sorted(made, reverse=True):
+            record, holders = made[key]
+            stripes = record_stripes(self.ladder.shape, record)
+            if {stripe.parity[0] for stripe in stripes} & live <= holders:
+                return key
+        return None
 
     def refusal(self) -> str:
         """What this step lacks, by tensor."""

@@ -153,15 +153,11 @@ class ParityMemory:
         fields = self._marks[half].read()
         return None if fields is None else ParityRecord.from_json(fields)
 
-    def spare(self, step: int) -> int:
-        """Half for new parity of `step`: the older one, but never the only other parity of `step`.
-
-        After a fall back to `step` its parity is made again under the new layout, and until that
-        is whole on every rank a further loss needs the old one.
-        """
+    def spare(self, keep: tuple[int, int] | None) -> int:
+        """Half for new parity: not the one of (step, generation) `keep`, else the older one."""
         records = [self.record(half) for half in HALVES]
-        order = [(r.step == step, r.step, r.generation) if r else (False, -1, -1) for r in records]
-        return order.index(min(order))
+        order = [(r.step, r.generation) if r else (-1, -1) for r in records]
+        return min(HALVES, key=lambda half: (order[half] == keep, order[half]))
 
 
 class StateMemory:

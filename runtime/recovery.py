@@ -181,6 +181,7 @@ class _Entry:
         training.stack.start(step)
         training.stack.keep(kept.get(self.rank, ()))
         training.deal_leaves(kept)
+        training.membership.redundancy.keep = decision.parity
         training.protect()
         return sum(len(covered(nodes)) for nodes in kept.values())
 

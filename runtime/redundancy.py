@@ -48,6 +48,7 @@ class Redundancy:
         self._mine = [stripe for stripe in self._stripes if stripe.parity[0] == self._me]
         self._flight: tuple[Tensor, list[int], Pending] | None = None
         self._due = False
+        self.keep: tuple[int, int] | None = None  # parity that must not be overwritten
         self.bytes = sum(stripe.length for stripe in self._mine)
         state.memory.parity.reserve(self.bytes)
 
@@ -93,7 +94,7 @@ class Redundancy:
         pending.wait()
         self._flight = None
         memory, step = self._state.memory.parity, self._state.step
-        half = memory.spare(step)
+        half = memory.spare(self.keep)
         memory.begin(half)
         home = memory.array(half, self.bytes)
         rows = iter(torch.split(output.cpu(), received))
@@ -112,5 +113,6 @@ class Redundancy:
             at += stripe.length
         domains = {str(holder): domain for holder, domain in self._domains.items()}
         generation = self._communicator.generation
+        self.keep = (step, generation)
         record = ParityRecord(step, generation, self._layout.as_json(), domains, tuple(units))
         memory.commit(half, record)

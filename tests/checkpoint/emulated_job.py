@@ -109,6 +109,7 @@ class EmulatedJob:
             holder: Memory(f"node{i // per_node}") for i, holder in enumerate(self.ranks)
         }
         self.generation = 1
+        self.keep: tuple[int, int] | None = None  # parity that a rank may not overwrite
         share = replicate if replicated else deal
         self.layout: Layout = share(self.space, self.ranks, *([] if replicated else [GRAIN]))
         self.commit(1)
@@ -154,7 +155,7 @@ class EmulatedJob:
         made = layout_stripes(self.shape, flaw or self.layout, domains)
         for holder in self.ranks if encoders is None else encoders:
             memory = self.memories[holder]
-            half = ParityMemory.spare(memory, step)  # type: ignore[arg-type]
+            half = ParityMemory.spare(memory, self.keep)  # type: ignore[arg-type]
             units, listed = {}, []
             for stripe in (stripe for stripe in made if stripe.parity[0] == holder):
                 unit = np.empty(stripe.length, np.uint8)
@@ -164,6 +165,8 @@ class EmulatedJob:
                 listed.append(ParityUnit(stripe.index, 0, 0, stripe.length, 0))
             record = ParityRecord(step, self.generation, *described, tuple(listed))
             memory.parity[half] = ParityHalf(record, units)
+        if encoders is None:
+            self.keep = (step, self.generation)
 
     def _stream(self, piece: Piece, step: int) -> Array:
         runs = self.layout.runs(piece.holder)
@@ -220,6 +223,7 @@ class EmulatedJob:
         slots, parity, reports = self.sources()
         decision = self.ladder.decide(reports)
         self.generation += 1
+        self.keep = decision.parity
         arrived = self._execute(decision, slots, parity)
         for rank, holder in enumerate(self.ranks):
             halves = self.memories[holder].halves

@@ -159,6 +159,19 @@ def test_parity_of_the_restored_step_survives_its_own_renewal() -> None:
         check(left, most=1)
 
 
+@pytest.mark.parametrize("encoders", [0, 1, 2, 3, 4])
+def test_changes_while_parity_is_on_its_way_leave_a_whole_one(encoders: int) -> None:
+    """Parity of 4 is half made when a worker joins, half made again when the next one joins, and
+    half made once more when a node is lost: the parity of 3 is still whole."""
+    job = interrupted(4, 1, "no parity", 0)
+    job.protect(4, job.ranks[:encoders])
+    for holder in (5, 6):
+        job.join(holder, f"node{holder}")
+        assert job.recover().step == 4
+        job.protect(4, job.ranks[: max(0, encoders - 1)])
+    check(job, most=1)
+
+
 @pytest.mark.parametrize(("nodes", "per_node"), [(3, 1), (3, 2), (4, 1)])
 def test_after_one_loss_the_next_is_survived_once_parity_is_whole(
     nodes: int, per_node: int
