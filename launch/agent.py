@@ -182,7 +182,7 @@ class Agent:
                 self.console.failure(text, worker.failure_text())
             if respawn:
                 slot = self.crew.slots[worker.local_rank]
-                pause_s = slot.pause_s(self.timing.heartbeat_s)
+                pause_s = slot.pause_s(self.timing.heartbeat_s) if view.workers else 0.0
                 asyncio.get_running_loop().call_later(pause_s, self._refill, slot, view)
             elif code > 0 or self.view is None:
                 self.fail(text)

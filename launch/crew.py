@@ -74,8 +74,12 @@ class Slot:
     false_starts: int = 0  # in a row: died before it was ready
 
     def pause_s(self, heartbeat_s: float) -> float:
-        """How long to wait before it is filled again: a worker that cannot start must not spin."""
-        return min(PAUSE_MAX_S, heartbeat_s * 2**self.false_starts) if self.false_starts else 0.0
+        """How long to wait before it is filled again.
+
+        The survivors need the processor first: a process that starts takes a core for seconds. A
+        worker that cannot start must not spin.
+        """
+        return min(PAUSE_MAX_S, heartbeat_s * 2 ** (self.false_starts + 1))
 
 
 class Crew:

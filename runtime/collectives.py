@@ -134,8 +134,7 @@ class Communicator:
     def retired(self) -> bool:
         """Whether nothing of an interrupted group is in flight any more, so that it may be
         dropped."""
-        self._pending = {pending for pending in self._pending if not pending.done}
-        return not self._pending
+        return all(pending.done for pending in list(self._pending))
 
     def forget(self, pending: Pending) -> None:
         """Drop a collective whose result has been taken."""

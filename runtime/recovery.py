@@ -64,6 +64,8 @@ class _Entry:
     def run(self) -> None:
         """All phases, each timed; the event that ends them is what drills and reports read."""
         training, previous = self.training, self.training.now
+        if previous is not None:
+            previous.redundancy.stop()
         survey = Survey(training.link, self.memory, self.generation)
         mine = self._report(survey).as_json()
         reports = [Report.from_json(fields) for fields in self.communicator.gather_json(mine)]

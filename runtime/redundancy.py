@@ -1,11 +1,13 @@
-"""Parity of every step, exchanged while the next step computes.
+"""Parity of every step, made while the next step computes.
 
 After step s is gathered, every rank sends the pieces of its stream to the encoders of their
-stripes, one all-to-all that runs beside forward and backward. `finish` encodes and commits the
-parity. No rank starts the next update before it has finished, and the exchange of norms that
-precedes every update tells it that all others have, too: so there is always one step that every
-loss within the code can be restored to."""
+stripes: one all-to-all that runs beside forward and backward, as do encoding and commit. `finish`
+waits for them. No rank starts the next update before it has finished, and the exchange of norms
+that precedes every update tells it that all others have, too: so there is always one step that
+every loss within the code can be restored to.
+"""
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,6 +17,7 @@ from outlast.checkpoint.ladder import layout_stripes
 from outlast.checkpoint.memory import checksum
 from outlast.checkpoint.parity import Code, stream_parts
 from outlast.checkpoint.records import ParityRecord, ParityUnit
+from outlast.cluster.errors import GenerationChanged, PeerLost
 from outlast.layout.layout import Layout
 from outlast.layout.stripe import Piece, Stripe
 from outlast.runtime.collectives import Communicator, Pending
@@ -46,7 +49,8 @@ class Redundancy:
         if len(set(self._domains.values())) > 1 and layout.is_partition(state.space.numel):
             self._stripes = layout_stripes(state.memory.shape, layout, self._domains)
         self._mine = [stripe for stripe in self._stripes if stripe.parity[0] == self._me]
-        self._flight: tuple[Tensor, list[int], Pending] | None = None
+        self._worker: threading.Thread | None = None
+        self._failure: GenerationChanged | PeerLost | None = None
         self._due = False
         self.keep: tuple[int, int] | None = None  # parity that must not be overwritten
         self.bytes = sum(stripe.length for stripe in self._mine)
@@ -78,7 +82,15 @@ class Redundancy:
         input = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=device)
         output = torch.empty(sum(received), dtype=torch.uint8, device=device)
         pending = self._communicator.exchange(output, input, received, sent)
-        self._flight = (output, received, pending)
+        # A thread of its own, so that the parity is whole as early as can be: a loss before that
+        # goes back one step.
+        self._worker = threading.Thread(
+            target=self._complete,
+            args=(output, received, pending, self._state.step),
+            name="outlast-parity",
+            daemon=True,
+        )
+        self._worker.start()
 
     def _bytes(self, piece: Piece) -> list[Tensor]:
         runs = self._layout.runs(piece.holder)
@@ -86,18 +98,36 @@ class Redundancy:
         return [self._state.part(role, run).view(torch.uint8) for role, run in parts]
 
     def finish(self) -> None:
-        """Wait for the exchange, encode and commit; afterwards every older parity is superseded."""
+        """Wait until the parity of the newest step is committed.
+
+        Raises:
+            GenerationChanged, PeerLost: it never will be.
+        """
         self.start()
-        if self._flight is None:
-            return
-        output, received, pending = self._flight
-        pending.wait()
-        self._flight = None
-        memory, step = self._state.memory.parity, self._state.step
+        self.stop()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Wait until nothing is written any more; an interrupted exchange ends at once."""
+        if self._worker is not None:
+            self._worker.join()
+            self._worker = None
+
+    def _complete(self, output: Tensor, received: list[int], pending: Pending, step: int) -> None:
+        try:
+            pending.wait()
+        except (GenerationChanged, PeerLost) as cause:
+            self._failure = cause
+        else:
+            self._encode(torch.split(output.cpu(), received), step)
+
+    def _encode(self, rows: Sequence[Tensor], step: int) -> None:
+        """Commit the parity of what arrived, by rank; afterwards older parity is superseded."""
+        memory = self._state.memory.parity
         half = memory.spare(self.keep)
         memory.begin(half)
         home = memory.array(half, self.bytes)
-        rows = iter(torch.split(output.cpu(), received))
         streams = {rank: row.numpy() for rank, row in enumerate(rows)}
         taken = dict.fromkeys(streams, 0)
         units, at = [], 0

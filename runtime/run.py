@@ -29,6 +29,7 @@ from outlast.checkpoint.records import StateShape
 from outlast.cluster.environment import environment
 from outlast.cluster.errors import GenerationChanged, JobComplete, Misuse, PeerLost
 from outlast.runtime import recovery
+from outlast.runtime.allocator import keep_pages
 from outlast.runtime.determinism import pin, seed_all
 from outlast.runtime.flat_model import FlatModel
 from outlast.runtime.link import AgentLink, Link, SoloLink
@@ -62,6 +63,7 @@ def init(
     if threads < 1:
         raise Misuse(f"threads={threads}: use 1 or more")
     found = environment()
+    keep_pages()
     pin(threads, found.local_rank)
     seed_all(seed)
     link: Link = SoloLink() if found.agent_fd is None else AgentLink(found.agent_fd, found.latch_fd)
