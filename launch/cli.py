@@ -32,7 +32,7 @@ OPTIONS: tuple[tuple[str, Any, Any, str, str], ...] = (
     ("rdzv-id", str, "none", "Name of the job.", ""),
     ("rdzv-conf", str, "", NOTED + " All waits follow --heartbeat.", ""),
     ("standalone", None, False, "All nodes on this machine; no endpoint or key needed.", ""),
-    ("max-restarts", int, 0, "Restarts of workers before a failure is final.", ""),
+    ("max-restarts", int, 0, "Failures of the script to forgive; kills always are.", ""),
     ("monitor-interval", float, 0.1, NOTED + " Workers are watched without polling.", ""),
     ("start-method", click.Choice(["spawn", "fork", "forkserver"]), "spawn", NOTED, ""),
     ("role", str, "default", "ROLE_NAME of the workers.", ""),

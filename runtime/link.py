@@ -223,7 +223,7 @@ class AgentLink:
                     text = base64.b64encode(value).decode()
                     self.send(kind="store", generation=generation, key=key, value=text)
 
-                self._stores[generation] = RendezvousStore(publish, _REBUILD_S)
+                self._stores[generation] = RendezvousStore(publish, _PEER_START_S)
             return self._stores[generation]
 
     def _install(self, view: View) -> None:
@@ -276,7 +276,8 @@ class AgentLink:
         self.send(kind="event", event="connected", generation=generation, rank=rank)
 
 
-_REBUILD_S = Timing().rebuild_s
+# How long a peer may take from its start to `prepare()`. If it dies meanwhile, a new view says so.
+_PEER_START_S = Timing().join_s
 
 
 class SoloLink:
@@ -291,7 +292,7 @@ class SoloLink:
     def ready(self, device: torch.device) -> None:
         """Connect the group of one."""
         now = time.time()
-        store = RendezvousStore(lambda key, value: None, _REBUILD_S)
+        store = RendezvousStore(lambda key, value: None, _PEER_START_S)
         host, timing = self.identity.host, self.identity.timing
         communicator = connect(store, 1, 0, 1, device, host, timing)
         self._generation = Generation(self._view, communicator, now, now, time.time())

@@ -3,7 +3,7 @@
 import itertools
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -17,26 +17,12 @@ BF16 = ("--dtype", "bfloat16")
 Start = Callable[..., TrainingJob]
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start a standalone job of so many nodes and workers on each."""
-    jobs: list[TrainingJob] = []
-
-    def run(nodes: int, per_node: int, *script: str, launch: tuple[str, ...] = ()) -> TrainingJob:
-        shape = ["--standalone", "--nnodes", str(nodes), "--nproc-per-node", str(per_node)]
-        directory = tmp_path / f"job{len(jobs)}"
-        jobs.append(TrainingJob(directory, [*shape, *launch], list(script)))
-        return jobs[-1]
-
-    yield run
-    for job in jobs:
-        job.stop()
-
-
 def check_same(job: TrainingJob, ranks: int, *script: str) -> None:
-    """The job ended well, with the bits of one process and each step logged once."""
+    """The job ended well on at least so many ranks, with the bits of one process and each step
+    logged once; a killed worker may have come back in time or not."""
     assert job.end() == 0, job.output
-    assert job.digests == [alone(*script)] * ranks, job.output
+    assert len(job.digests) >= ranks, job.output
+    assert set(job.digests) == {alone(*script)}, job.output
     assert job.steps == list(range(1, STEPS + 1))
 
 

@@ -22,14 +22,25 @@ WAIT_S = 150.0  # for machines that do much else
 class TrainingJob:
     """`outlast launch` of the training script; logs go to `directory`."""
 
-    def __init__(self, directory: Path, launch: list[str], script: list[str]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        launch: list[str],
+        script: list[str],
+        environment: dict[str, str] = ENVIRONMENT,
+        session: bool = False,
+    ) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._out = directory / f"{time.time_ns()}.out"
         command = [*LAUNCH, "--log-dir", str(directory), *launch, SCRIPT, *script]
         with self._out.open("wb") as out:
             self.process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=session,
             )
 
     @property
