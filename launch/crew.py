@@ -213,7 +213,7 @@ class Crew:
             self._owner.failed(worker, code, False)
             return
         worker.lose(exit_text(code))
-        limit = self._config.max_restarts + (KILLS_FORGIVEN if code < 0 else 0)
+        limit = self._config.max_restarts + (KILLS_FORGIVEN if code < 0 and not worker.hung else 0)
         respawn = self.respawns < limit and not self._owner.ending.complete
         if respawn:
             self.respawns += 1

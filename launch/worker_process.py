@@ -62,6 +62,7 @@ class WorkerProcess:
         self.rank = order.rank  # of the newest view with this worker
         self.attached = self.ready = self.finished = False
         self.expected = False  # we end it ourselves: no news to anybody
+        self.hung = False  # it did not answer though nobody stopped it: likely the script's fault
         self.error = ""
         self.gone = asyncio.Event()
         self._lost = False
@@ -136,6 +137,7 @@ class WorkerProcess:
         if state in "Tt":
             self.lose(f"stopped: no answer for {silence:.1f} s")
         elif silence > timing.busy_silence_s or now - self._cpu[1] > timing.silence_s:
+            self.hung = True
             self.lose(f"hung: no answer for {silence:.1f} s")
 
     def failure_text(self) -> str:
