@@ -33,6 +33,7 @@ from job import (
 MIB = 2**20
 SETTLE_S = 3.0  # the groups of the last view are taken down behind the training
 ALLOWANCE = {"files": 2.0, "threads": 2.0, "MiB": 16.0}
+ENDLESS = ["--steps=100000000", "--pace=0.3"]  # the pauses let a successor start sooner
 Note = dict[str, dict[str, float]]  # process -> quantity -> value
 
 
@@ -56,7 +57,7 @@ def note(job: Job, victim: str) -> Note:
 def soak(args: argparse.Namespace, out: Path) -> list[Note]:
     """All rounds; one note at the start and one every few rounds."""
     generator, notes = random.Random(args.seed), []
-    with Job(out, [GPT, *SMALL, "--steps=100000000"], Strength()) as job:
+    with Job(out, [GPT, *SMALL, *ENDLESS], Strength()) as job:
         for done in range(args.rounds + 1):
             job.await_strength()
             victim = job.nodes.names[-1]

@@ -20,7 +20,7 @@ from outlast.cluster.timing import Timing
 from outlast.cluster.view import Member, View
 from outlast.launch.config import LaunchConfig, host_and_port
 from outlast.launch.console import Console
-from outlast.launch.crew import Crew, Slot, keep_pinging, memories_of_use
+from outlast.launch.crew import Crew, Slot, keep_pinging, memories_of_use, tell_ranks
 from outlast.launch.ending import Ending, Outcome
 from outlast.launch.event_log import EventLog
 from outlast.launch.link import Message
@@ -205,7 +205,7 @@ class Agent:
             return
         first, self.view, self.running = self.view is None, view, None
         self.times = {"detected": detected, "agreed": agreed}
-        self.crew.rank(view)
+        tell_ranks(self.crew, view)
         self.desk.relay.install(view.generation)
         for worker in self.crew.attached:
             self.desk.show_view(worker)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 # --max-restarts, so often. A script that is killed for what it does (memory) stops some day.
 KILLS_FORGIVEN = 16
 PAUSE_MAX_S = 30.0
+# A worker that is killed before any worker spoke may belong to an elastic job or to a plain one:
+# that shows when the first worker attaches, or not within this time of its life.
+UNDECIDED_S = 15.0
 
 
 class CrewOwner(Protocol):
@@ -79,17 +82,18 @@ class Slot:
         The survivors need the processor first: a process that starts takes a core for seconds. A
         worker that cannot start must not spin.
         """
-        return min(PAUSE_MAX_S, heartbeat_s * 2 ** (self.false_starts + 1))
+        return min(PAUSE_MAX_S, heartbeat_s * float(2 ** (self.false_starts + 1)))
 
 
 class Crew:
     """All workers of this node; watches them for the agent."""
 
     def __init__(self, config: LaunchConfig, owner: CrewOwner, directory: Path) -> None:
-        self._config, self._owner, self._directory = config, owner, directory
+        self._config, self.owner, self._directory = config, owner, directory
         self.memory = MemoryHolder()
         self.slots = [Slot(rank, new_holder()) for rank in range(config.nproc_per_node)]
         self.respawns = 0
+        self.undecided: list[tuple[WorkerProcess, int, float]] = []
         self.started = self.ever_attached = False
 
     def workers(self) -> tuple[Worker, ...]:
@@ -135,14 +139,7 @@ class Crew:
         try:
             slot.process = WorkerProcess(order, self._config, self)
         except OSError as error:
-            self._owner.fail(f"{me.node} cannot start {self._config.script}: {error}")
-
-    def rank(self, view: View) -> None:
-        """Tell the workers' ranks in a new view; one that is not in it keeps its last."""
-        ranks = {worker.holder: rank for rank, (_, worker) in enumerate(view.workers)}
-        for slot in self.slots:
-            if slot.process is not None:
-                slot.process.rank = ranks.get(slot.process.holder, slot.process.rank)
+            self.owner.fail(f"{me.node} cannot start {self._config.script}: {error}")
 
     def refill(self, view: View, me: Member) -> None:
         """The job turned out to be elastic: fill the slots that died before anybody knew."""
@@ -177,15 +174,15 @@ class Crew:
         """It can take part in the data plane."""
         worker.ready = True
         self.slots[worker.local_rank].member = True
-        self._owner.describe()
+        self.owner.describe()
 
     def said(self, worker: WorkerProcess, message: Message) -> None:
         """Pass a message on to the agent."""
-        self._owner.said(worker, message)
+        self.owner.said(worker, message)
 
     def lost(self, worker: WorkerProcess, cause: str) -> None:
         """Out of the data plane at once; its memory waits for the survivors."""
-        slot, view = self.slots[worker.local_rank], self._owner.view
+        slot, view = self.slots[worker.local_rank], self.owner.view
         if slot.process is not worker:
             return
         slot.member = False
@@ -194,8 +191,8 @@ class Crew:
             self.memory.keep(worker.holder, generation)
         else:
             self.memory.forget(worker.holder)
-        self._owner.describe()
-        self._owner.event(
+        self.owner.describe()
+        self.owner.event(
             "worker_lost", holder=worker.holder, local_rank=worker.local_rank, pid=worker.pid,
             cause=cause, generation=generation,
         )  # fmt: skip
@@ -207,20 +204,37 @@ class Crew:
             return
         if code == 0 or worker.finished:
             slot.done = True
-            self._owner.describe()
+            self.owner.describe()
             return
-        if not self._owner.elastic:
-            self._owner.failed(worker, code, False)
+        if not self.owner.elastic:
+            deadline = worker.started + UNDECIDED_S
+            if code < 0 and not self.ever_attached and time.monotonic() < deadline:
+                self.undecided.append((worker, code, deadline))
+            else:
+                self.owner.failed(worker, code, False)
             return
+        self.give_up(worker, code)
+
+    def give_up(self, worker: WorkerProcess, code: int) -> None:
+        """A worker of an elastic job ended badly: go on without it, or with a new one."""
+        slot = self.slots[worker.local_rank]
         worker.lose(exit_text(code))
         limit = self._config.max_restarts + (KILLS_FORGIVEN if code < 0 and not worker.hung else 0)
-        respawn = self.respawns < limit and not self._owner.ending.complete
+        respawn = self.respawns < limit and not self.owner.ending.complete
         if respawn:
             self.respawns += 1
             slot.false_starts = 0 if worker.ready else slot.false_starts + 1
             slot.holder = new_holder()
         slot.closed = not respawn
-        self._owner.failed(worker, code, respawn)
+        self.owner.failed(worker, code, respawn)
+
+
+def tell_ranks(crew: Crew, view: View) -> None:
+    """The workers' ranks in a new view; one that is not in it keeps its last."""
+    ranks = {worker.holder: rank for rank, (_, worker) in enumerate(view.workers)}
+    for slot in crew.slots:
+        if slot.process is not None:
+            slot.process.rank = ranks.get(slot.process.holder, slot.process.rank)
 
 
 async def keep_pinging(crew: Crew, timing: Timing) -> None:
@@ -234,7 +248,25 @@ async def keep_pinging(crew: Crew, timing: Timing) -> None:
                 worker.heard()
             worker.send({"kind": "ping", "n": count})
             worker.check_silence(timing, now)
+        decide(crew, now)
         before = now
+
+
+def decide(crew: Crew, now: float) -> None:
+    """Act on workers that died before it was known what kind of job this is."""
+    owner = crew.owner
+    for entry in list(crew.undecided):
+        worker, code, deadline = entry
+        stale = crew.slots[worker.local_rank].process is not worker
+        if not (stale or owner.elastic or now > deadline):
+            continue
+        crew.undecided.remove(entry)
+        if stale:
+            continue
+        if owner.elastic:
+            crew.give_up(worker, code)
+        else:
+            owner.failed(worker, code, False)
 
 
 def memories_of_use(crew: Crew, max_restarts: int) -> int:

@@ -62,6 +62,7 @@ class WorkerProcess:
         self.rank = order.rank  # of the newest view with this worker
         self.attached = self.ready = self.finished = False
         self.expected = False  # we end it ourselves: no news to anybody
+        self.started = time.monotonic()
         self.hung = False  # it did not answer though nobody stopped it: likely the script's fault
         self.error = ""
         self.gone = asyncio.Event()

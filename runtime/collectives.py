@@ -136,6 +136,11 @@ class Communicator:
         dropped."""
         return all(pending.done for pending in list(self._pending))
 
+    def drop(self) -> None:
+        """Destroy the group of a retired generation, whoever still refers to this object."""
+        self._pending.clear()
+        self._group = None
+
     def forget(self, pending: Pending) -> None:
         """Drop a collective whose result has been taken."""
         self._pending.discard(pending)
@@ -182,6 +187,7 @@ class Graveyard:
                 self._parked = [group for group in self._parked if group not in quiet]
                 self._sweeping = bool(self._parked)
             for group in quiet:
+                group.drop()
                 ctypes.pythonapi.Py_DecRef(ctypes.py_object(group))
             del quiet
             if not self._sweeping:
