@@ -26,7 +26,7 @@ class Latch:
         self.file = os.memfd_create("outlast-latch") if file is None else file
         if file is None:
             os.ftruncate(self.file, PAGE)
-        self._page = mmap.mmap(self.file, PAGE)
+        self._page: mmap.mmap | None = mmap.mmap(self.file, PAGE)
         self._mutex = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(self._page)))
         if file is None:
             attributes = ctypes.create_string_buffer(64)
@@ -50,7 +50,7 @@ class Latch:
         died is False when the mutex was free, so that it says nothing about the worker.
         """
 
-        def wait() -> None:
+        def wait(page: mmap.mmap | None) -> None:
             code = _libc.pthread_mutex_lock(self._mutex)
             fired(code == errno.EOWNERDEAD)
             if code == errno.EOWNERDEAD:
@@ -58,10 +58,14 @@ class Latch:
             if code in (0, errno.EOWNERDEAD):
                 _libc.pthread_mutex_unlock(self._mutex)
 
-        threading.Thread(target=wait, name="latch", daemon=True).start()
+        # The thread has a reference of its own to the page.
+        threading.Thread(target=wait, args=(self._page,), name="latch", daemon=True).start()
 
     def close(self) -> None:
-        """Give the descriptor back; the page goes with the last thread that refers to it."""
+        """Give the descriptor back; the page goes with the last thread that refers to it.
+
+        It has a descriptor, too, which must not wait for the garbage collector of an idle agent.
+        """
         if self.file >= 0:
             os.close(self.file)
-            self.file = -1
+            self.file, self._page = -1, None

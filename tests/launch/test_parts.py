@@ -1,5 +1,6 @@
 """The parts of an agent that need no job: latch, logs, memory, keys, environment."""
 
+import gc
 import json
 import os
 import signal
@@ -50,6 +51,24 @@ def test_latch_fires_when_its_holder_dies(how: signal.Signals | None) -> None:
     assert news[0][0] is True
     print(f"latch after {(news[0][1] - began) * 1000:.1f} ms, whole end {time.monotonic() - began}")
     latch.close()
+
+
+def test_a_closed_latch_keeps_no_descriptor() -> None:
+    """Also while no garbage is collected: an idle agent would keep one for every dead worker."""
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            latch, fired = Latch(), threading.Event()
+            latch.watch(lambda died, fired=fired: fired.set())  # type: ignore[misc]
+            assert fired.wait(5)
+            latch.close()
+        deadline = time.monotonic() + 5
+        while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(os.listdir("/proc/self/fd")) <= before
+    finally:
+        gc.enable()
 
 
 def test_latch_that_nobody_holds_is_no_death() -> None:
