@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from outlast.layout.run import Run, canonical
+from outlast.layout.run import Run
 
 
 def pack_runs(runs: Iterable[Run]) -> list[tuple[int, int]]:
@@ -18,11 +18,6 @@ def pack_runs(runs: Iterable[Run]) -> list[tuple[int, int]]:
 def unpack_runs(pairs: Iterable[tuple[int, int]]) -> tuple[Run, ...]:
     """Inverse of `pack_runs`."""
     return tuple(Run.of(start, stop) for start, stop in pairs)
-
-
-def plain_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
-    """Canonical plain intervals of `runs`, the form slots and plans between ranks use."""
-    return canonical(Run.of(start, stop) for run in runs for start, stop in run.intervals())
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from outlast.cluster.environment import AGENT_FD, LATCH_FD
+from outlast.cluster.latch import Latch
 from outlast.cluster.timing import Timing
 from outlast.launch.config import LaunchConfig
-from outlast.launch.latch import Latch
 from outlast.launch.link import Link, Message
 from outlast.launch.worker_output import WorkerOutput
 

@@ -55,10 +55,6 @@ class LeafStack:
         self.sums = dict([*before, (after[-1], gradient)])
         self.losses[leaf] = loss
 
-    def give_back(self, gradient: Tensor) -> None:
-        """Return the buffer of a leaf that was not finished."""
-        self._free.append(gradient)
-
     def release(self) -> None:
         """Free all buffers: between steps only the reduced shard is left (ZeRO 2)."""
         self.start(-1)

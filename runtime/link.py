@@ -7,9 +7,7 @@ agent started: a job of one."""
 
 import base64
 import contextlib
-import ctypes
 import json
-import mmap
 import os
 import signal
 import socket
@@ -21,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from outlast.cluster.errors import GenerationChanged, JobComplete, Misuse, PeerLost
+from outlast.cluster.latch import Latch
 from outlast.cluster.timing import Timing
 from outlast.cluster.view import Member, View, Worker
 from outlast.runtime.collectives import Communicator, Graveyard, connect, shut_down
@@ -82,7 +81,6 @@ class Link(Protocol):
     def send(self, **message: object) -> None: ...
     def superseded(self, generation: int) -> bool: ...
     def next_generation(self, newer_than: int, deadline_s: float) -> Generation: ...
-    def newest_view(self) -> View | None: ...
     def close(self) -> None: ...
 
 
@@ -102,7 +100,7 @@ class AgentLink:
         self._device = torch.device("cpu")
         self.step = 0
         if latch is not None:
-            _hold_latch(latch)
+            Latch(latch).hold()
         threading.Thread(target=self._listen, name="outlast-link", daemon=True).start()
         self.send(kind="attach", pid=os.getpid())
         welcome, _ = self._answer("welcome", 60.0)
@@ -145,10 +143,6 @@ class AgentLink:
     def superseded(self, generation: int) -> bool:
         """Whether a newer view than `generation` has arrived."""
         return self._view is not None and self._view.generation > generation
-
-    def newest_view(self) -> View | None:
-        """The newest view, connected or not."""
-        return self._view
 
     def next_generation(self, newer_than: int, deadline_s: float) -> Generation:
         """Wait for a connected generation that is newer and the newest.
@@ -314,10 +308,6 @@ class SoloLink:
         """Nothing ever changes."""
         return False
 
-    def newest_view(self) -> View | None:
-        """The only view."""
-        return self._view
-
     def next_generation(self, newer_than: int, deadline_s: float) -> Generation:
         """The only generation."""
         assert self._generation is not None
@@ -327,22 +317,3 @@ class SoloLink:
 
     def close(self) -> None:
         """Nothing to leave."""
-
-
-def _hold_latch(descriptor: int) -> None:
-    """Lock the robust mutex that tells the agent of this process's death.
-
-    The kernel releases it before it frees the address space, so the agent learns of the death of a
-    worker within milliseconds, whatever its size; sockets and pidfds come hundreds of milliseconds
-    later. It belongs to the thread: only the main thread may hold it.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        raise Misuse("outlast.init() must be called from the main thread")
-    region = mmap.mmap(descriptor, mmap.PAGESIZE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(region))
-    libc = ctypes.CDLL(None, use_errno=True)
-    status = libc.pthread_mutex_lock(ctypes.c_void_p(address))
-    if status != 0:
-        raise OSError(status, os.strerror(status))
-    # Mapped until the process ends: the interpreter must not unmap it at an orderly exit.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(region))

@@ -16,7 +16,7 @@ import time
 import traceback
 from typing import Any
 
-from outlast.launch.latch import Latch
+from outlast.cluster.latch import Latch
 
 STEP_S = 0.05
 SIZE = 1 << 16

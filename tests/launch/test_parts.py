@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from outlast.cluster.errors import Misuse
+from outlast.cluster.latch import Latch
 from outlast.cluster.view import Member, View, Worker
 from outlast.launch.config import LaunchConfig
-from outlast.launch.latch import Latch
 from outlast.launch.memory_holder import MemoryHolder
 from outlast.launch.metrics_log import MetricsLog
 from outlast.launch.store_relay import StoreRelay
@@ -23,7 +23,7 @@ from outlast.launch.torch_environment import master_port, torch_environment
 
 HOLDS = """
 import sys, time
-from outlast.launch.latch import Latch
+from outlast.cluster.latch import Latch
 latch = Latch(int(sys.argv[1])); latch.hold(); ballast = b"1" * (1 << 28); print("held", flush=True)
 sys.stdin.read()
 """

@@ -14,6 +14,8 @@ import os
 import threading
 from collections.abc import Callable
 
+from outlast.cluster.errors import Misuse
+
 PAGE = 4096
 _libc = ctypes.CDLL("libc.so.6", use_errno=True)  # calls through CDLL release the GIL
 
@@ -37,7 +39,9 @@ class Latch:
                 raise OSError(code, "pthread_mutex_init")
 
     def hold(self) -> None:
-        """Lock it for good; called once by the worker's main thread."""
+        """Lock it for good; called once by the worker's main thread, whose end it tells of."""
+        if threading.current_thread() is not threading.main_thread():
+            raise Misuse("outlast.init() must be called from the main thread")
         # An orderly interpreter unmaps its pages before the thread ends, and the kernel would find
         # nothing to mark: this reference is never given back.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._page))
