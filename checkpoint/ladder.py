@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from outlast.checkpoint.parity import stream_bytes, stream_parts
 from outlast.checkpoint.records import ParityRecord, Report, SlotSource, StateShape
+from outlast.checkpoint.stream import stream_bytes, stream_parts
 from outlast.cluster.errors import StateLost
 from outlast.layout.layout import Layout, deal, replicate, settle
 from outlast.layout.plan import plan

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from outlast.checkpoint.code import Code
 from outlast.checkpoint.ladder import layout_stripes
 from outlast.checkpoint.memory import checksum
-from outlast.checkpoint.parity import Code, stream_parts
 from outlast.checkpoint.records import ParityRecord, ParityUnit
+from outlast.checkpoint.stream import stream_parts
 from outlast.cluster.errors import GenerationChanged, PeerLost
 from outlast.layout.layout import Layout
 from outlast.layout.stripe import Piece, Stripe

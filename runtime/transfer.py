@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from outlast.checkpoint.code import Code
 from outlast.checkpoint.ladder import Decode, Part, Recovery
-from outlast.checkpoint.parity import Code
 from outlast.checkpoint.records import StateShape
 from outlast.layout.run import Run, canonical
 from outlast.runtime.collectives import Communicator
@@ -79,8 +79,10 @@ class Transfer:
         nothing = torch.empty(0, dtype=torch.uint8)
         data = [torch.cat(parts or [nothing]).numpy() for parts in units]
         whole = torch.empty(decode.length, dtype=torch.uint8)
+        k = len(data) + 1
         parity = {row: self._survey.parity[source].unit(stripe, row)}
-        Code(len(data) + 1, 1).decode(data, parity, [whole.numpy()])
+        # With one parity row the order of the data does not matter.
+        Code(k, 1).decode(dict(enumerate(data)), parity, {k - 1: whole.numpy()})
         sizes = [self._size(name, run) for name, run in decode.lost]
         pieces = torch.split(whole[: sum(sizes)], sizes)
         return dict(zip(decode.lost, pieces, strict=True))

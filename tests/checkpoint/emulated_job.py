@@ -14,9 +14,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from outlast.checkpoint.code import Code
 from outlast.checkpoint.ladder import Decode, Ladder, Recovery, layout_stripes
 from outlast.checkpoint.memory import ParityMemory
-from outlast.checkpoint.parity import Code, stream_parts
 from outlast.checkpoint.records import (
     ParityRecord,
     ParitySource,
@@ -26,6 +26,7 @@ from outlast.checkpoint.records import (
     SlotSource,
     StateShape,
 )
+from outlast.checkpoint.stream import stream_parts
 from outlast.layout.layout import Layout, deal, replicate
 from outlast.layout.run import Run, union
 from outlast.layout.space import Space, Tensor
@@ -310,7 +311,8 @@ def _decode(
         for parts in decode.inputs
     ]
     whole = np.empty(decode.length, np.uint8)
-    Code(len(inputs) + 1, 1).decode(inputs, {row: unit}, [whole])
+    k = len(inputs) + 1
+    Code(k, 1).decode(dict(enumerate(inputs)), {row: unit}, {k - 1: whole})
     edges = np.cumsum([0, *(run.numel * WIDTH[role] for role, run in decode.lost)])
     return {key: whole[a:b] for key, (a, b) in zip(decode.lost, pairwise(edges), strict=True)}
 
