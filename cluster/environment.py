@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from outlast.cluster.errors import Misuse
+from outlast.cluster.failpoint import POINTS, Drill
 
 LOCAL_RANK = "LOCAL_RANK"
 AGENT_FD = "OUTLAST_AGENT_FD"
 LATCH_FD = "OUTLAST_LATCH_FD"
 JOB_KEY = "OUTLAST_JOB_KEY"
+DRILL = "OUTLAST_DRILL"  # SOCKET_PATH:point,point
 KEY_BYTES_MIN = 16
 
 
@@ -26,6 +28,7 @@ class Environment:
     agent_fd: int | None
     latch_fd: int | None
     job_key: bytes | None
+    drill: Drill | None
 
 
 def environment(variables: Mapping[str, str] | None = None) -> Environment:
@@ -42,12 +45,23 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
         agent_fd=_number(found, AGENT_FD),
         latch_fd=_number(found, LATCH_FD),
         job_key=None if key is None else key.encode(),
+        drill=_drill(found.get(DRILL)),
     )
 
 
 def inherited() -> dict[str, str]:
     """A copy of this process's variables for a child, without the job key."""
     return {name: value for name, value in os.environ.items() if name != JOB_KEY}
+
+
+def _drill(text: str | None) -> Drill | None:
+    if text is None:
+        return None
+    path, _, names = text.rpartition(":")
+    points = frozenset(filter(None, names.split(",")))
+    if not path or not points <= set(POINTS):
+        raise Misuse(f"{DRILL}={text!r} is not SOCKET_PATH:POINT,POINT; `outlast drill` sets it")
+    return Drill(path, points)
 
 
 def _number(found: Mapping[str, str], name: str) -> int | None:

@@ -25,7 +25,8 @@ from outlast.cluster.view import Member, View, field
 
 REQUESTS = ("prepare", "accept")
 ANSWERS = ("promise", "refuse", "accepted")
-KINDS = frozenset({"describe", "beat", "view", "leave", *REQUESTS, *ANSWERS})
+VOTES = (*REQUESTS, *ANSWERS)
+KINDS = frozenset({"describe", "beat", "view", "leave", *VOTES})
 
 
 class Membership:

@@ -15,9 +15,10 @@ from typing import Any
 import outlast.cluster.event as ev
 from outlast.cluster.endpoints import Endpoints
 from outlast.cluster.errors import Misuse
+from outlast.cluster.failpoint import reach
 from outlast.cluster.link import ITSELF
 from outlast.cluster.links import Links
-from outlast.cluster.membership import KINDS, Membership
+from outlast.cluster.membership import KINDS, VOTES, Membership
 from outlast.cluster.roster import Address
 from outlast.cluster.timing import Timing
 from outlast.cluster.view import Member, View, field
@@ -210,6 +211,8 @@ class Mesh:
         tell, wall = self.callbacks, time.time()
         match action:
             case ev.Send(to, message):
+                if message["kind"] in VOTES:
+                    reach("agree", kind=message["kind"], generation=message["generation"])
                 self._links.send(to, message)
             case ev.Dial(host, port):
                 self._links.dial((host, port))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from outlast.cluster.errors import Misuse
+from outlast.cluster.failpoint import reach
 from outlast.cluster.mesh import Callbacks, Job, Mesh
 from outlast.cluster.timing import Timing
 from outlast.cluster.view import Member, View
@@ -256,6 +257,7 @@ class Agent:
 
     def _suspect(self, agent: str, node: str, cause: str) -> None:
         self.progress.causes[agent] = cause
+        reach("detect", lost=agent)
         self.event("peer_lost", peer=agent, peer_node=node, cause=cause)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from outlast.cluster.environment import inherited
+from outlast.cluster.failpoint import reach
 from outlast.cluster.timing import Timing
 from outlast.cluster.view import Member, View, Worker
 from outlast.launch.config import LaunchConfig
@@ -186,6 +187,7 @@ class Crew:
         if slot.process is not worker:
             return
         slot.member = False
+        reach("detect", lost=worker.holder)
         generation = view.generation if view else 0
         if worker.ready:
             self.memory.keep(worker.holder, generation)

@@ -14,6 +14,8 @@ import sys
 from functools import partial
 from typing import Any
 
+from outlast.cluster import failpoint
+from outlast.cluster.environment import environment
 from outlast.launch.agent import EXIT_INTERNAL, Agent
 from outlast.launch.config import LaunchConfig
 from outlast.launch.console import Console
@@ -38,6 +40,7 @@ async def _incarnations(config: LaunchConfig, key: bytes, console: Console) -> i
     loop = asyncio.get_running_loop()
     while True:
         agent = Agent(config, key, console)
+        failpoint.arm(environment().drill, node=agent.node, agent=agent.agent)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, _interrupt, agent, number)
         loop.set_exception_handler(partial(_broken, agent))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from outlast.cluster.errors import Misuse
+from outlast.cluster.failpoint import reach
 from outlast.runtime.flat_model import FlatModel
 from outlast.runtime.leaf_stack import LeafStack
 
@@ -32,9 +33,21 @@ class LeafGradient:
             )
         if flat is not target:
             target.copy_(flat)
+        if answer := reach("leaf", step=self._stack.step, leaf=leaf):
+            _poison(target, str(answer.get("poison")))
         self._stack.push(leaf, target, sum(float(loss) for loss in self._losses))
 
     def backward(self, loss: Tensor) -> None:
         """Backward of one term of the loss of the leaf in flight."""
         loss.backward()  # type: ignore[no-untyped-call]
         self._losses.append(loss.detach())
+
+
+def _poison(gradient: Tensor, how: str) -> None:
+    """What a drill asks for: the faults of a processor or a memory that computes wrong numbers."""
+    if how == "nan":
+        gradient[0] = torch.nan
+    elif how == "scale":
+        gradient.mul_(1e4)
+    elif how == "flip":
+        gradient.neg_()

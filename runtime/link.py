@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from outlast.cluster.errors import GenerationChanged, JobComplete, Misuse, PeerLost
+from outlast.cluster.failpoint import reach
 from outlast.cluster.latch import Latch
 from outlast.cluster.timing import Timing
 from outlast.cluster.view import Member, View, Worker
@@ -233,6 +234,7 @@ class AgentLink:
                 store.close()
                 shut_down(store)  # a peer of a half-built group may be dead: do not wait for it
         if old is not None:
+            reach("interrupt", generation=view.generation)
             self._graveyard.bury(old.communicator)
         interrupted = time.time()
         holders = [worker.holder for _, worker in view.workers]
@@ -249,6 +251,7 @@ class AgentLink:
         generation, size = view.generation, len(view.workers)
         store = self._store(generation)
         identity = self.identity
+        reach("reconnect", generation=generation)
         try:
             communicator = connect(
                 store, generation, rank, size, self._device, identity.host, identity.timing

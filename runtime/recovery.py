@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from outlast.checkpoint.ladder import Recovery
 from outlast.checkpoint.records import Report, SlotRecord
 from outlast.cluster.errors import GenerationChanged, Misuse, PeerLost, StateLost
+from outlast.cluster.failpoint import reach
 from outlast.layout.run import Run
 from outlast.runtime.determinism import numerics
 from outlast.runtime.leaf_tree import Node, covered
@@ -66,16 +67,20 @@ class _Entry:
         training, previous = self.training, self.training.now
         if previous is not None:
             previous.redundancy.stop()
+        self._reach("finish")
         survey = Survey(training.link, self.memory, self.generation)
         mine = self._report(survey).as_json()
         reports = [Report.from_json(fields) for fields in self.communicator.gather_json(mine)]
         self._mark("finish")
         _compare(reports)
+        self._reach("plan")
         decision = training.ladder.decide(reports)
         self._mark("plan")
+        self._reach("move")
         half = self._move(decision, survey)
         self._mark("move")
         redone = max(0, training.committed - decision.step)
+        self._reach("resume")
         kept = self._resume(decision, reports, half)
         self._mark("resume")
         names = dict(previous.generation.nodes) if previous else {}
@@ -98,6 +103,9 @@ class _Entry:
             leaves_kept=kept,
             leaves_missing=training.settings.leaves - kept,
         )
+
+    def _reach(self, phase: str) -> None:
+        reach(phase, step=self.training.committed, generation=self.generation.view.generation)
 
     def _mark(self, phase: str) -> None:
         self.marks.append((phase, time.time()))
@@ -184,6 +192,7 @@ class _Entry:
         training.stack.keep(kept.get(self.rank, ()))
         training.deal_leaves(kept)
         training.membership.redundancy.keep = decision.parity
+        self._reach("reprotect")
         training.protect()
         return sum(len(covered(nodes)) for nodes in kept.values())
 

@@ -19,6 +19,7 @@ from outlast.checkpoint.memory import checksum
 from outlast.checkpoint.records import ParityRecord, ParityUnit
 from outlast.checkpoint.stream import stream_parts
 from outlast.cluster.errors import GenerationChanged, PeerLost
+from outlast.cluster.failpoint import reach
 from outlast.layout.layout import Layout
 from outlast.layout.stripe import Piece, Stripe
 from outlast.runtime.collectives import Communicator, Pending
@@ -128,6 +129,7 @@ class Redundancy:
         memory = self._state.memory.parity
         half = memory.spare(self.keep)
         memory.begin(half)
+        reach("encode", step=step - 1)
         home = memory.array(half, self.bytes)
         streams = {rank: row.numpy() for rank, row in enumerate(rows)}
         taken = dict.fromkeys(streams, 0)

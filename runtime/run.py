@@ -26,6 +26,7 @@ from torch.utils.data import default_collate
 from outlast.checkpoint.ladder import Ladder
 from outlast.checkpoint.memory import StateMemory, memory_bytes
 from outlast.checkpoint.records import StateShape
+from outlast.cluster import failpoint
 from outlast.cluster.environment import environment
 from outlast.cluster.errors import GenerationChanged, JobComplete, Misuse, PeerLost
 from outlast.runtime import recovery
@@ -67,6 +68,7 @@ def init(
     pin(threads, found.local_rank)
     seed_all(seed)
     link: Link = SoloLink() if found.agent_fd is None else AgentLink(found.agent_fd, found.latch_fd)
+    failpoint.arm(found.drill, node=link.identity.node, holder=link.identity.holder)
     return Run(link, settings)
 
 
@@ -174,6 +176,8 @@ class Run:
                     )
             try:
                 training.membership.redundancy.finish()
+                if failpoint.drilled():
+                    self._tell_digest()
                 training.membership.generation.communicator.gather_bytes(b"")
             except _INTERRUPTED:
                 try:
@@ -199,19 +203,29 @@ class Run:
     def digest(self) -> str:
         """sha256 over the parameters and the optimizer state, equal on all ranks; a collective."""
         while True:
-            digest = hashlib.sha256()
-
-            def use(values: Tensor, into: Any = digest) -> None:
-                into.update(values.contiguous().view(torch.uint8).cpu().numpy().data)
-
             try:
-                for role in self.training.state.roles:
-                    self.training.whole_role(role.name, use)
+                return self._digest()
             except _INTERRUPTED:
                 self.recover()
-            else:
-                use(self.training.model.param)
-                return digest.hexdigest()
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+
+        def use(values: Tensor) -> None:
+            digest.update(values.contiguous().view(torch.uint8).cpu().numpy().data)
+
+        for role in self.training.state.roles:
+            self.training.whole_role(role.name, use)
+        use(self.training.model.param)
+        return digest.hexdigest()
+
+    def _tell_digest(self) -> None:
+        """The bits of a drilled run, for the comparison with its twin."""
+        digest = self._digest()
+        if self.rank == 0:
+            self._link.send(
+                kind="event", event="digest", step=self.training.committed, sha256=digest
+            )
 
     def close(self) -> None:
         """Say that this rank is done; the process may end afterwards."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from outlast.checkpoint.ladder import Ladder
 from outlast.cluster.errors import GenerationChanged, Misuse
+from outlast.cluster.failpoint import drilled, reach
 from outlast.layout.layout import Layout, deal
 from outlast.layout.run import Run
 from outlast.runtime.flat_model import FlatModel
@@ -191,6 +192,8 @@ class Training:
         self.gather()
         self.committed = index + 1
         self.losses = tuple(losses)
+        if drilled():
+            self._tell(now.generation.view.generation)
         if index == self.restored:
             number = now.generation.view.generation
             self.link.send(kind="event", event="resumed", generation=number, step=self.committed)
@@ -199,8 +202,17 @@ class Training:
         self._clean_up(now)
         self.protect()
 
+    def _tell(self, generation: int) -> None:
+        """What a drill compares with the undisturbed twin, step by step."""
+        loss = sum(self.losses) / len(self.losses)
+        self.link.send(
+            kind="event", event="committed", step=self.committed, generation=generation,
+            loss=loss, norm=self.norm,
+        )  # fmt: skip
+
     def _reduce(self, now: Membership) -> Tensor:
         communicator = now.generation.communicator
+        reach("reduce", step=self.committed)
         mine = sum(bucket.counts[communicator.rank] for bucket in now.plan)
         out = torch.empty(mine, dtype=torch.float32, device=self.model.device)
         fold(communicator, now.plan, self.nodes, self.stack.sums, self.settings.leaves, out)
@@ -208,6 +220,7 @@ class Training:
 
     def _agree(self, now: Membership, squares: Tensor) -> tuple[list[float], float]:
         """Exchange leaf losses and grain sums: every rank gets all losses and the same norm."""
+        reach("vote", step=self.committed)
         head = json.dumps(self.stack.losses).encode() + b"\n"
         body = squares.cpu().numpy().tobytes()
         losses: dict[int, float] = {}
@@ -232,6 +245,7 @@ class Training:
             scalars.update(self.optimizer.step(live[self.primary], moments, grads, rate))
 
         self.state.update(change)
+        reach("commit", step=index)
         generation = self.membership.generation.view.generation
         self.state.commit(index + 1, generation, scalars, losses)
 
@@ -240,6 +254,7 @@ class Training:
         self.initial = False
         self.gathered = -1
         step = self.state.step
+        reach("gather", step=step - 1)
         live = self.state.live(self.primary)
         if self.ladder.replicated:
             for run, values in zip(self.state.runs, live, strict=True):
@@ -263,6 +278,7 @@ class Training:
     def protect(self) -> None:
         """Begin the parity of the newest step, beside the leaves of the next."""
         if self.settings.parity:
+            reach("protect", step=self.committed - 1)
             self.membership.redundancy.schedule()
             self.membership.redundancy.start()
 
