@@ -16,7 +16,8 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
@@ -27,6 +28,7 @@ from outlast.cluster.errors import Corrupt, Misuse
 from outlast.layout.run import Run
 
 Bytes = NDArray[np.uint8]
+T = TypeVar("T")
 
 _PAGE = 4096
 _RECORD_BYTES = 4 << 20  # sparse: only what a record needs is ever touched
@@ -57,16 +59,22 @@ class _Marked:
         struct.pack_into("<QQ", self._region, 8, len(body), checksum)
         struct.pack_into("<Q", self._region, 0, (sequence | 1) + 1)
 
-    def read(self) -> dict[str, object] | None:
-        """The record if the half is committed and its record is whole."""
+    def read(self, parse: Callable[[dict[str, Any]], T]) -> T | None:
+        """The record if the half is committed and its record is whole.
+
+        Raises:
+            Corrupt: a checksum can be forged; what it covers still has to be a record.
+        """
         sequence, length, checksum = _MARKER.unpack_from(self._region)
         if sequence == 0 or sequence & 1 or length > len(self._region) - _MARKER.size:
             return None
         body = bytes(self._region[_MARKER.size : _MARKER.size + length])
         if xxhash.xxh3_64_intdigest(body) != checksum:
             return None
-        fields: dict[str, object] = json.loads(body)
-        return fields
+        try:
+            return parse(json.loads(body))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as cause:
+            raise Corrupt(f"no record, but {body[:16]!r}: {cause}") from cause
 
 
 def memory_bytes(shape: StateShape) -> int:
@@ -149,14 +157,24 @@ class ParityMemory:
         self._marks[half].commit(record.as_json())
 
     def record(self, half: int) -> ParityRecord | None:
-        """Record of a committed half, or None."""
-        fields = self._marks[half].read()
-        return None if fields is None else ParityRecord.from_json(fields)
+        """Record of a committed half, or None; Corrupt if it is no record or lies about its
+        size."""
+        record = self._marks[half].read(ParityRecord.from_json)
+        for unit in record.units if record else ():
+            if not 0 <= unit.offset <= unit.offset + unit.length <= self._size:
+                raise Corrupt(f"parity unit at {unit.offset} of {unit.length} bytes is outside")
+        return record
+
+    def _age(self, half: int) -> tuple[int, int]:
+        try:
+            record = self.record(half)
+        except Corrupt:
+            return -1, -1  # what nobody can read may go first
+        return (record.step, record.generation) if record else (-1, -1)
 
     def spare(self, keep: tuple[int, int] | None) -> int:
         """Half for new parity: not the one of (step, generation) `keep`, else the older one."""
-        records = [self.record(half) for half in HALVES]
-        order = [(r.step, r.generation) if r else (-1, -1) for r in records]
+        order = [self._age(half) for half in HALVES]
         return min(HALVES, key=lambda half: (order[half] == keep, order[half]))
 
 
@@ -220,9 +238,13 @@ class StateMemory:
         self._marks[half].commit(record.as_json())
 
     def record(self, half: int) -> SlotRecord | None:
-        """Record of a committed half, or None."""
-        fields = self._marks[half].read()
-        return None if fields is None else SlotRecord.from_json(fields)
+        """Record of a committed half, or None; Corrupt if it is no record or lies about its
+        size."""
+        record = self._marks[half].read(SlotRecord.from_json)
+        for run in record.owned + record.held if record else ():
+            if not 0 <= run.start <= run.stop <= self.shape.numel:
+                raise Corrupt(f"{run} is outside of {self.shape.numel} elements")
+        return record
 
     def sums(self, half: int, runs: Iterable[Run]) -> dict[str, list[int]]:
         """Checksums of `runs` per role, in order."""

@@ -71,9 +71,12 @@ class Survey:
         self.slots: list[Slot] = []
         self.parity: list[Parity] = []
         for readable, own, holder in self._memories():
-            for half in HALVES:
-                self._look_at_slot(readable, half, own, holder)
-                self._look_at_parity(readable, half, own, holder)
+            for look in (self._look_at_slot, self._look_at_parity):
+                for half in HALVES:
+                    try:
+                        look(readable, half, own, holder)
+                    except Corrupt as cause:
+                        self._log("memory_unusable", holder=holder, cause=str(cause))
 
     def own(self, step: int) -> Slot | None:
         """This worker's own half of `step`."""
