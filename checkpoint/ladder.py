@@ -15,14 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from outlast.checkpoint.records import ParityRecord, Report, SlotSource, StateShape
-from outlast.checkpoint.stream import stream_bytes, stream_parts
+from outlast.checkpoint.protection import record_stripes
+from outlast.checkpoint.records import ParityRecord, Protection, Report, SlotSource, StateShape
+from outlast.checkpoint.stream import stream_parts
 from outlast.cluster.errors import StateLost
 from outlast.layout.layout import Layout, deal, replicate, settle
 from outlast.layout.plan import plan
 from outlast.layout.run import Run, intersect, numel, subtract, union
 from outlast.layout.space import Space
-from outlast.layout.stripe import Piece, Stripe, stripes
+from outlast.layout.stripe import Piece, Stripe
 
 _MEMORY = 1 << 48  # holders of a plan: ranks below, memories of dead workers above
 
@@ -105,12 +106,13 @@ class Recovery:
 @dataclass(frozen=True, slots=True)
 class Ladder:
     """What does not change during a job: the space, the grain, the shape of a slot, the ZeRO
-    stage."""
+    stage, how steps are protected."""
 
     space: Space
     shape: StateShape
     grain: int
     replicated: bool
+    protection: Protection = field(default_factory=Protection)
 
     def initial(self, holders: Sequence[int]) -> Layout:
         """Layout of a job that starts on `holders`."""
@@ -310,17 +312,3 @@ class _Attempt:
                 return None
             located += sorted(pieces, key=lambda part: part.run.start)
         return tuple(located)
-
-
-def record_stripes(shape: StateShape, record: ParityRecord) -> tuple[Stripe, ...]:
-    """Stripes under which `record` was encoded."""
-    layout = Layout.from_json(record.layout)
-    return layout_stripes(shape, layout, {int(h): node for h, node in record.domains.items()})
-
-
-def layout_stripes(
-    shape: StateShape, layout: Layout, domains: Mapping[int, str]
-) -> tuple[Stripe, ...]:
-    """Stripes that protect `layout`, its holders lying in `domains`; one parity unit each."""
-    sizes = {h: stream_bytes(shape, layout.runs(h)) for h in layout.holders}
-    return stripes(sizes, {h: domains[h] for h in layout.holders}, m=1)

@@ -70,6 +70,27 @@ class SlotRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Protection:
+    """What a step is protected with: stripes of `m` parity units in groups of at most `group`.
+
+    Args:
+        m: losses of a failure domain that each stripe survives; 0 for no stripes.
+        edges: runs of which another domain keeps a copy besides.
+    """
+
+    m: int = 1
+    group: int = 16
+    edges: tuple[Run, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"edges": pack_runs(self.edges)}
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> "Protection":
+        return Protection(**(fields | {"edges": unpack_runs(fields["edges"])}))
+
+
+@dataclass(frozen=True, slots=True)
 class ParityUnit:
     """Unit `row` of the parity of one stripe: `length` bytes at `offset` of the parity half."""
 
@@ -82,21 +103,24 @@ class ParityUnit:
 
 @dataclass(frozen=True, slots=True)
 class ParityRecord:
-    """Parity of `step` under the layout and the failure domains it was encoded with."""
+    """Parity of `step` under the layout, the failure domains and the protection it was encoded
+    with."""
 
     step: int
     generation: int
     layout: dict[str, Any]
     domains: dict[str, str]
+    protection: Protection
     units: tuple[ParityUnit, ...]
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"protection": self.protection.as_json()}
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "ParityRecord":
         units = tuple(ParityUnit(**unit) for unit in fields["units"])
-        return ParityRecord(**(fields | {"units": units}))
+        protection = Protection.from_json(fields["protection"])
+        return ParityRecord(**(fields | {"units": units, "protection": protection}))
 
 
 @dataclass(frozen=True, slots=True)

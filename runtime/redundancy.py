@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from outlast.checkpoint.code import Code
-from outlast.checkpoint.ladder import layout_stripes
 from outlast.checkpoint.memory import checksum
-from outlast.checkpoint.records import ParityRecord, ParityUnit
+from outlast.checkpoint.protection import layout_stripes
+from outlast.checkpoint.records import ParityRecord, ParityUnit, Protection
 from outlast.checkpoint.stream import stream_parts
 from outlast.cluster.errors import GenerationChanged, PeerLost
 from outlast.cluster.failpoint import reach
@@ -49,7 +49,9 @@ class Redundancy:
         self._me = holders[communicator.rank]
         self._stripes: tuple[Stripe, ...] = ()
         if len(set(self._domains.values())) > 1 and layout.is_partition(state.space.numel):
-            self._stripes = layout_stripes(state.memory.shape, layout, self._domains)
+            self._stripes = layout_stripes(
+                state.memory.shape, layout, self._domains, Protection()
+            )
         self._mine = [stripe for stripe in self._stripes if stripe.parity[0] == self._me]
         self._worker: threading.Thread | None = None
         self._failure: GenerationChanged | PeerLost | None = None
@@ -147,5 +149,6 @@ class Redundancy:
         domains = {str(holder): domain for holder, domain in self._domains.items()}
         generation = self._communicator.generation
         self.keep = (step, generation)
-        record = ParityRecord(step, generation, self._layout.as_json(), domains, tuple(units))
+        layout = self._layout.as_json()
+        record = ParityRecord(step, generation, layout, domains, Protection(), tuple(units))
         memory.commit(half, record)

@@ -15,12 +15,14 @@ from itertools import pairwise
 import numpy as np
 
 from outlast.checkpoint.code import Code
-from outlast.checkpoint.ladder import Decode, Ladder, Recovery, layout_stripes
+from outlast.checkpoint.ladder import Decode, Ladder, Recovery
 from outlast.checkpoint.memory import ParityMemory
+from outlast.checkpoint.protection import layout_stripes
 from outlast.checkpoint.records import (
     ParityRecord,
     ParitySource,
     ParityUnit,
+    Protection,
     Report,
     Role,
     SlotSource,
@@ -91,6 +93,8 @@ class Memory:
         found = self.parity[half]
         return None if found is None else found.record
 
+    _age = ParityMemory._age  # which half is spare is decided by the real thing
+
     def copy(self) -> "Memory":
         return Memory(self.node, list(self.halves), list(self.parity))
 
@@ -153,7 +157,7 @@ class EmulatedJob:
         if len(set(domains.values())) < 2 or self.replicated:
             return
         described = self.layout.as_json(), {str(h): node for h, node in domains.items()}
-        made = layout_stripes(self.shape, flaw or self.layout, domains)
+        made = layout_stripes(self.shape, flaw or self.layout, domains, Protection())
         for holder in self.ranks if encoders is None else encoders:
             memory = self.memories[holder]
             half = ParityMemory.spare(memory, self.keep)  # type: ignore[arg-type]
@@ -164,7 +168,7 @@ class EmulatedJob:
                 Code(len(data), 1).encode(data, [unit])
                 units[stripe.index, 0] = unit
                 listed.append(ParityUnit(stripe.index, 0, 0, stripe.length, 0))
-            record = ParityRecord(step, self.generation, *described, tuple(listed))
+            record = ParityRecord(step, self.generation, *described, Protection(), tuple(listed))
             memory.parity[half] = ParityHalf(record, units)
         if encoders is None:
             self.keep = (step, self.generation)

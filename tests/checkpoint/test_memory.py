@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 
 from outlast.checkpoint.memory import HALVES, StateMemory, checksum, memory_bytes
-from outlast.checkpoint.records import ParityRecord, ParityUnit, Role, SlotRecord, StateShape
+from outlast.checkpoint.records import (
+    ParityRecord,
+    ParityUnit,
+    Protection,
+    Role,
+    SlotRecord,
+    StateShape,
+)
 from outlast.cluster.errors import Corrupt, Misuse
 from outlast.layout.run import Run
 
@@ -127,7 +134,8 @@ def test_every_flipped_bit_of_a_record_is_found(descriptor: int, parity: bool) -
     memory = StateMemory(descriptor, shape())
     if parity:
         memory.parity.begin(0)
-        memory.parity.commit(0, ParityRecord(3, 1, {}, {}, (ParityUnit(0, 0, 0, 64, 9),)))
+        unit = ParityUnit(0, 0, 0, 64, 9)
+        memory.parity.commit(0, ParityRecord(3, 1, {}, {}, Protection(), (unit,)))
         read: Callable[[], object] = lambda: memory.parity.record(0)  # noqa: E731
     else:
         store(memory, 0, 1)
@@ -154,7 +162,7 @@ def test_a_flipped_bit_of_parity_is_found(descriptor: int) -> None:
     home = memory.parity.array(1, 128)
     home[:] = np.arange(128)
     unit = ParityUnit(0, 0, 64, 64, checksum(home[64:]))
-    memory.parity.commit(1, ParityRecord(3, 1, {}, {}, (unit,)))
+    memory.parity.commit(1, ParityRecord(3, 1, {}, {}, Protection(), (unit,)))
     record = memory.parity.record(1)
     assert record is not None
     assert record.units == (unit,)
@@ -164,7 +172,7 @@ def test_a_flipped_bit_of_parity_is_found(descriptor: int) -> None:
 
 
 def parity_record(step: int, generation: int) -> ParityRecord:
-    return ParityRecord(step, generation, {}, {}, ())
+    return ParityRecord(step, generation, {}, {}, Protection(), ())
 
 
 @pytest.mark.parametrize(
