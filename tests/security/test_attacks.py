@@ -34,7 +34,8 @@ SHAPE = StateShape("model", 4096, (Role("param", "float32", 4),))
 WRITE_STORE = """
 import sys, datetime
 from torch.distributed import TCPStore
-store = TCPStore(sys.argv[1], int(sys.argv[2]), is_master=False, timeout=datetime.timedelta(seconds=2))
+wait = datetime.timedelta(seconds=2)
+store = TCPStore(sys.argv[1], int(sys.argv[2]), is_master=False, timeout=wait)
 store.set("torch.rendezvous.none", open(sys.argv[3], "rb").read())
 """
 
