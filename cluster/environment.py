@@ -16,6 +16,8 @@ AGENT_FD = "OUTLAST_AGENT_FD"
 LATCH_FD = "OUTLAST_LATCH_FD"
 JOB_KEY = "OUTLAST_JOB_KEY"
 DRILL = "OUTLAST_DRILL"  # SOCKET_PATH:point,point
+SWITCHES = "SLURM_TOPOLOGY_ADDR"
+SWITCH_KINDS = "SLURM_TOPOLOGY_ADDR_PATTERN"
 KEY_BYTES_MIN = 16
 
 
@@ -29,6 +31,7 @@ class Environment:
     latch_fd: int | None
     job_key: bytes | None
     drill: Drill | None
+    rack: str  # the switches above this node as SLURM names them, empty where unset
 
 
 def environment(variables: Mapping[str, str] | None = None) -> Environment:
@@ -45,6 +48,7 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
         agent_fd=_number(found, AGENT_FD),
         latch_fd=_number(found, LATCH_FD),
         job_key=None if key is None else key.encode(),
+        rack=_rack(found),
         drill=_drill(found.get(DRILL)),
     )
 
@@ -62,6 +66,12 @@ def _drill(text: str | None) -> Drill | None:
     if not path or not points <= set(POINTS):
         raise Misuse(f"{DRILL}={text!r} is not SOCKET_PATH:POINT,POINT; `outlast drill` sets it")
     return Drill(path, points)
+
+
+def _rack(found: Mapping[str, str]) -> str:
+    """SLURM's "switch.switch.node" without the node, whose name may contain dots."""
+    switches = found.get(SWITCH_KINDS, "").count(".")
+    return ".".join(found.get(SWITCHES, "").split(".")[:switches])
 
 
 def _number(found: Mapping[str, str], name: str) -> int | None:

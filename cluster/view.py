@@ -14,19 +14,20 @@ from outlast.cluster.errors import Misuse
 MEMBERS_MAX = 4096
 WORKERS_MAX = 1024
 TEXT_MAX = 256
+MAY_BE_EMPTY = frozenset({"rack"})
 
 T = TypeVar("T")
 
 
 def field(data: object, name: str, kind: type[T], low: int = 0, high: int = 1 << 62) -> T:
     """The field `name` of a decoded JSON object, of exactly type `kind`; integers within [low,
-    high], text bounded."""
+    high], text bounded and not empty (unless it may be: rack)."""
     value = data.get(name) if isinstance(data, Mapping) else None
     if type(value) is not kind:
         raise Misuse(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
     if isinstance(value, int) and not low <= value <= high:
         raise Misuse(f"{name}: {value} is not within {low}..{high}")
-    if isinstance(value, str) and not 0 < len(value) <= TEXT_MAX:
+    if isinstance(value, str) and not (name not in MAY_BE_EMPTY) <= len(value) <= TEXT_MAX:
         raise Misuse(f"{name}: text of 1..{TEXT_MAX} characters expected")
     return value
 
@@ -41,12 +42,14 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An agent as it describes itself.
+    """An agent as it describes itself; its seat, `spare`, is the proposer's word.
 
     host, port: the control address that others dial. workers: those that take part in the data
     plane. restarts: bumped to make everybody restart. finished: all its workers ended with 0.
     elastic: its workers speak outlast. memories: how many memories of dead workers it keeps for
-    workers that will come back. complete: a worker ended well, so the view stays as it is.
+    workers that will come back. complete: a worker ended well, so the view stays as it is. rack:
+    what it shares with the nodes that fail with it, empty if unknown. spare: it votes, and its
+    workers wait for the place of a lost member.
     """
 
     agent: str
@@ -59,11 +62,14 @@ class Member:
     elastic: bool = False
     memories: int = 0
     complete: bool = False
+    rack: str = ""
+    spare: bool = False
 
     def shape(self) -> tuple[object, ...]:
         """What a generation is about: two descriptions of one shape differ only in notes, which
-        change no rank."""
-        return (self.agent, self.host, self.port, self.workers, self.restarts)
+        change no rank. The workers of a spare have none yet."""
+        workers = () if self.spare else self.workers
+        return (self.agent, self.host, self.port, workers, self.restarts, self.spare)
 
     def as_json(self) -> dict[str, object]:
         """A plain dict for JSON."""
@@ -90,6 +96,8 @@ class Member:
             elastic=field(data, "elastic", bool),
             memories=field(data, "memories", int),
             complete=field(data, "complete", bool),
+            rack=field(data, "rack", str),
+            spare=field(data, "spare", bool),
         )
         _unique("local_rank", [worker.local_rank for worker in member.workers])
         return member
@@ -104,9 +112,14 @@ class View:
     members: tuple[Member, ...]
 
     @property
+    def active(self) -> tuple[Member, ...]:
+        """The members that train: all but the spares."""
+        return tuple(member for member in self.members if not member.spare)
+
+    @property
     def workers(self) -> tuple[tuple[Member, Worker], ...]:
-        """Every worker with its member, in rank order."""
-        return tuple((member, worker) for member in self.members for worker in member.workers)
+        """Every worker of the data plane with its member, in rank order."""
+        return tuple((member, worker) for member in self.active for worker in member.workers)
 
     @property
     def agents(self) -> tuple[str, ...]:

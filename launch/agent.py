@@ -29,6 +29,7 @@ from outlast.launch.metrics_log import MetricsLog
 from outlast.launch.plain_job import PlainJob
 from outlast.launch.progress import Progress
 from outlast.launch.task import watched
+from outlast.launch.topology import rack_of
 from outlast.launch.torch_environment import restart_round
 from outlast.launch.worker_desk import WorkerDesk
 from outlast.launch.worker_process import WorkerProcess, exit_text
@@ -59,7 +60,8 @@ class Agent:
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         endpoints = tuple(host_and_port(text) for text in config.endpoints)
         host = config.local_addr or own_address(endpoints[0])
-        me = Member(self.agent, self.node, host, 0, self.crew.workers())
+        rack = rack_of(self.node, config.racks, alone=config.standalone)
+        me = Member(self.agent, self.node, host, 0, self.crew.workers(), rack=rack)
         job = Job(
             job_id=config.job, key=key, endpoints=endpoints,
             min_nodes=config.min_nodes, max_nodes=config.max_nodes,

@@ -19,6 +19,7 @@ from outlast.cluster.environment import KEY_BYTES_MIN, environment
 from outlast.cluster.errors import Misuse
 from outlast.launch.config import LaunchConfig, key_values, node_range
 from outlast.launch.processor import worker_count
+from outlast.launch.topology import read_racks
 
 EXIT_MISUSE = 2
 NOTED = "Accepted for torchrun's sake; outlast has no such choice."
@@ -26,6 +27,7 @@ NOTED = "Accepted for torchrun's sake; outlast has no such choice."
 # name, type (None: a flag), default, help, and a short form
 OPTIONS: tuple[tuple[str, Any, Any, str, str], ...] = (
     ("nnodes", str, "1", "Number of nodes: N, or MIN:MAX.", ""),
+    ("spares", int, 0, "Nodes beyond --nnodes that wait, ready, for a lost one's place.", ""),
     ("nproc-per-node", str, "1", "Workers per node: a number, auto, cpu or gpu.", ""),
     ("rdzv-backend", str, "outlast", NOTED, ""),
     ("rdzv-endpoint", str, "", "Where agents meet: HOST:PORT[,HOST:PORT…].", ""),
@@ -49,6 +51,10 @@ OPTIONS: tuple[tuple[str, Any, Any, str, str], ...] = (
     ("local-addr", str, "", "Address of this node that others can reach.", ""),
     ("shutdown-timeout", float, None, "Seconds from SIGTERM to SIGKILL [50 heartbeats].", ""),
     ("heartbeat", float, 0.5, "Seconds between signs of life; all waits are multiples.", ""),
+    ("rebalance", None, False, "Fewer micro-batches for slow workers; same results.", ""),
+    ("poison", click.Choice(["evict", "report"]), "evict",
+     "What to do with a worker that computes wrong gradients.", ""),
+    ("topology", str, "", "TOML file: [racks], rack = [\"node\", …]. SLURM's is known.", ""),
     ("job-key-file", str, "", "File with the job's secret key, instead of OUTLAST_JOB_KEY.", ""),
     ("node-name", str, "", "Name of this node [default: its host name].", ""),
 )
@@ -129,6 +135,10 @@ def config_from_options(options: dict[str, Any]) -> LaunchConfig:
         local_addr=options["local_addr"],
         node=options["node_name"] or ("node" if local else socket.gethostname()),
         heartbeat_s=options["heartbeat"],
+        spares=options["spares"],
+        racks=read_racks(options["topology"]) if options["topology"] else {},
+        rebalance=options["rebalance"],
+        poison=options["poison"],
         shutdown_timeout_s=options["shutdown_timeout"],
     )
 

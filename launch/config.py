@@ -5,7 +5,8 @@ Invariant: a config that exists is coherent, so that nothing behind it checks a 
 job key is a secret and never part of it.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from outlast.cluster.errors import Misuse
@@ -36,6 +37,10 @@ class LaunchConfig:
     local_addr: str = ""
     node: str = ""
     heartbeat_s: float = 0.5
+    spares: int = 0
+    racks: Mapping[str, str] = field(default_factory=dict)  # of every node, if any is known
+    rebalance: bool = False
+    poison: str = "evict"
     shutdown_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -44,6 +49,7 @@ class LaunchConfig:
             (1 <= self.min_nodes <= self.max_nodes, "--nnodes must be N or MIN:MAX, at least 1"),
             (self.nproc_per_node >= 1, "--nproc-per-node must be at least 1"),
             (self.max_restarts >= 0, "--max-restarts must not be negative"),
+            (self.spares >= 0, "--spares must not be negative"),
             (0.05 <= self.heartbeat_s <= 60, "--heartbeat must be between 0.05 and 60 seconds"),
             (self.shutdown_timeout_s is None or 0 <= self.shutdown_timeout_s < 1e6,
              "--shutdown-timeout must not be negative"),

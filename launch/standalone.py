@@ -23,6 +23,7 @@ from pathlib import Path
 from outlast.cluster.errors import Misuse
 from outlast.cluster.timing import Timing
 from outlast.launch.config import LaunchConfig
+from outlast.launch.topology import rack_of
 
 EXIT_KILLED = 1
 POLL_S = 0.005
@@ -34,8 +35,11 @@ def run_standalone(config: LaunchConfig, key: bytes | None) -> int:
     with _reserved(Path(config.log_dir)), _free_port() as port, _signals() as wakeup:
         config = replace(config, endpoints=(f"127.0.0.1:{port}",), local_addr="127.0.0.1")
         key = key or secrets.token_bytes(32)
-        width = len(str(config.max_nodes - 1))  # members are ordered by name
-        names = [f"{config.node or 'node'}{index:0{width}}" for index in range(config.max_nodes)]
+        count = config.max_nodes + config.spares
+        width = len(str(count - 1))  # members are ordered by name
+        names = [f"{config.node or 'node'}{index:0{width}}" for index in range(count)]
+        for name in names:
+            rack_of(name, config.racks, alone=True)  # refuses a node that is in none
         agents: list[Process] = []
         try:
             for name in names:

@@ -62,7 +62,8 @@ class WorkerDesk:
         worker.send({
             "kind": "welcome", "holder": worker.holder, "node": agent.node,
             "job": agent.config.job, "heartbeat_s": agent.config.heartbeat_s,
-            "host": agent.mesh.me.host,
+            "host": agent.mesh.me.host, "rebalance": agent.config.rebalance,
+            "evict_poison": agent.config.poison == "evict",
             "restarts": agent.crew.slots[worker.local_rank].spawns - 1,
         })  # fmt: skip
         agent.describe()

@@ -38,6 +38,8 @@ class Identity:
     job: str
     host: str
     timing: Timing
+    rebalance: bool = False  # deal leaves by measured speed
+    evict_poison: bool = True  # whoever computes wrong gradients leaves the job
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,8 @@ class Generation:
 
     @property
     def domains(self) -> dict[int, str]:
-        """Failure domain of every holder: the agent, as two agents may share a node's name."""
-        return {worker.holder: member.agent for member, worker in self.view.workers}
+        """Failure domain of every holder, "rack/agent": two agents may share a node's name."""
+        return {w.holder: f"{member.rack}/{member.agent}" for member, w in self.view.workers}
 
     @property
     def unread_memories(self) -> bool:
@@ -111,6 +113,8 @@ class AgentLink:
             job=welcome["job"],
             host=welcome["host"],
             timing=Timing(heartbeat_s=welcome["heartbeat_s"]),
+            rebalance=welcome["rebalance"],
+            evict_poison=welcome["evict_poison"],
         )
 
     def ready(self, device: torch.device) -> None:
