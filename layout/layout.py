@@ -14,7 +14,7 @@ later.
 >>> space = Space.of([Tensor("a", (8,), "float32"), Tensor("b", (8,), "float32")], unit_of=str)
 >>> layout = deal(space, [7, 8], grain=2)
 >>> layout.runs(7)
-(Run(start=0, length=4, stride=0, count=1), Run(start=8, length=4, stride=0, count=1))
+(Run(start=0, length=4, stride=0, count=1), Run(start=12, length=4, stride=0, count=1))
 >>> layout.is_partition(16), layout.restrict([7]).missing(16) == layout.runs(8)
 (True, True)
 >>> three = rebalance(layout, [7, 8, 9], space, grain=2)
@@ -140,32 +140,46 @@ class Layout:
 def deal(
     space: Space, holders: Sequence[int], grain: int, weights: Sequence[float] | None = None
 ) -> Layout:
-    """Every unit dealt over all holders in contiguous pieces, in the order given.
+    """Every unit dealt over all holders in contiguous pieces, in the order given, which turns by
+    one from unit to unit.
+
+    Blocks of a chain (`Space.chains`) are cut alike. So where holders that follow each other, and
+    the last and the first, are on different nodes, equal offsets of neighbouring blocks are, too:
+    one lost node leaves the neighbours of whatever it held.
 
     Shares follow `weights` (even without). What a unit leaves a holder owing is made good in the
-    next, so totals stay within about a grain of the share; a holder of weight 0 gets nothing.
+    next, so totals stay within about a grain of the share, and one more per chain; a holder of
+    weight 0 gets nothing. With weights blocks are dealt as other units are.
     """
     _check(holders, grain)
-    share = np.ones(len(holders), dtype=np.int64)
+    count = len(holders)
+    share = np.ones(count, dtype=np.int64)
+    chained = {index for chain in space.chains for index in chain}
     if weights is not None:
         ratio = np.asarray(weights, dtype=np.float64)
-        if len(ratio) != len(holders) or (ratio < 0).any() or not ratio.sum() > 0:
+        if len(ratio) != count or (ratio < 0).any() or not ratio.sum() > 0:
             raise ValueError("weights need one number >= 0 per holder, not all 0")
-        share = np.rint(ratio / ratio.max() * 2**20).astype(np.int64)
-    whole, credit = int(share.sum()), np.zeros(len(holders), dtype=np.int64)
-    starts, stops = [], []
-    for unit in space.units:
+        share, chained = np.rint(ratio / ratio.max() * 2**20).astype(np.int64), set()
+    whole, credit = int(share.sum()), np.zeros(count, dtype=np.int64)
+    starts, stops, owners = [], [], []
+    for index in sorted(range(len(space.units)), key=lambda index: index not in chained):
+        unit = space.units[index]
         grains = -(-unit.numel // grain)
+        turn = (np.arange(count) - index) % count  # whose the pieces are, in address order
         due = grains * share + credit  # in grains / whole, so that nothing is ever rounded
-        given = _apportion(due, whole, grains)
+        if index in chained:  # extra grains apart, so that they even out as the order turns
+            given = np.empty(count, dtype=np.int64)
+            given[turn] = np.diff(np.arange(count + 1) * grains // count)
+        else:
+            given = _apportion(due, whole, grains)
         credit = due - given * whole
-        edge = unit.start + np.minimum(np.cumsum(given) * grain, unit.numel)
+        edge = unit.start + np.minimum(np.cumsum(given[turn]) * grain, unit.numel)
         starts.append(np.append(unit.start, edge[:-1]))
         stops.append(edge)
-    owner = np.tile(_ranks(holders), len(space.units))
+        owners.append(_ranks(holders)[turn])
     empty = np.zeros(0, dtype=np.int64)
-    rows = Rows.intervals(owner, np.concatenate([empty, *starts]), np.concatenate([empty, *stops]))
-    return Layout(tuple(sorted(holders)), rows.merged())
+    columns = (np.concatenate([empty, *column]) for column in (owners, starts, stops))
+    return Layout(tuple(sorted(holders)), Rows.intervals(*columns).merged())
 
 
 def replicate(space: Space, holders: Sequence[int]) -> Layout:

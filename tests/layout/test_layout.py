@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -91,10 +92,38 @@ def test_deal(data: st.DataObject, grain: int) -> None:
     check_partition(layout, space)
     check_cuts(layout, space, grain)
     check_even(layout, space, grain * (1 + len(space.units)))  # a tail may cost a grain per unit
-    for unit in space.units:  # contiguous, in the order given
-        piece = Run.of(unit.start, unit.stop) if unit.numel else None
+    for index, unit in enumerate(space.units):  # contiguous, in the order given, one further
         owners = [h for a in range(unit.start, unit.stop) for h in holders if a in held(layout)[h]]
-        assert piece is None or owners == sorted(owners, key=holders.index)
+        turn = -index % len(holders)
+        assert owners == sorted(owners, key=[*holders[turn:], *holders[:turn]].index)
+
+
+def stacked(before: int, blocks: int, block: int, after: int) -> Space:
+    """A unit, a chain of equal blocks, and another unit, of so many elements."""
+    tensors = [Tensor("in", (before,), "float32")]
+    tensors += [Tensor(f"h.{index}.weight", (block,), "float32") for index in range(blocks)]
+    return Space.of([*tensors, Tensor("out", (after,), "float32")], lambda n: n[:-7] or n)
+
+
+@EXAMPLES
+@given(st.data(), st.integers(1, 8))
+def test_neighbouring_blocks_lie_with_neighbouring_holders(data: st.DataObject, count: int) -> None:
+    """Whoever holds an element of a block, the next holder round the circle holds it of the next
+    one; totals are even to a grain, and one for the chain."""
+    before, block, after = (data.draw(st.integers(0, 30)) * 4 for _ in range(3))
+    space = stacked(before, data.draw(st.integers(2, 9)), block + 4, after)
+    holders = data.draw(st.permutations(range(count)))
+    layout = deal(space, holders, 4)
+    check_partition(layout, space)
+    check_cuts(layout, space, 4)
+    totals = [layout.numel(holder) for holder in holders]
+    assert max(totals) - min(totals) <= 8
+    owner = {address: holder for holder, mine in held(layout).items() for address in mine}
+    (chain,) = space.chains
+    for here, there in pairwise(space.units[index] for index in chain):
+        for offset in range(here.numel):
+            next_one = holders.index(owner[there.start + offset]) + 1
+            assert holders[next_one % count] == owner[here.start + offset]
 
 
 @EXAMPLES
@@ -273,3 +302,14 @@ def test_the_right_answer_passes() -> None:
 def test_planted_bugs_are_seen(planted) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(AssertionError):
         planted()
+
+
+def test_planted_deal_that_knows_no_chains_puts_neighbours_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Cut as other units are, blocks overlap by a grain with what their holder has next door."""
+    monkeypatch.setattr(Space, "chains", ())
+    space = stacked(12, 5, 40, 8)
+    owner = [held(deal(space, range(4), 4))[holder] for holder in range(4)]
+    pairs = [(a, a + 40) for a in range(12, 12 + 4 * 40)]
+    assert any({a, b} <= mine for a, b in pairs for mine in owner)

@@ -64,3 +64,16 @@ def test_impossible_spaces_are_refused() -> None:
         Space((tensor,), (Unit("a", 0, 3, (0,)),))
     with pytest.raises(IndexError):
         Space.of([tensor]).locate(4)
+
+
+def test_chains_are_numbered_blocks_of_one_kind() -> None:
+    """Equal shapes alone do not make two tensors blocks of one stack."""
+    shapes = {
+        "embedding.weight": 8, "position.weight": 8,
+        "h.0.w": 4, "h.1.w": 4, "h.2.w": 5, "h.3.v": 5, "h.5.v": 5, "h.6.v": 5,
+        "g.7.w": 4, "g.8.w": 4, "norm.weight": 4,
+    }  # fmt: skip
+    tensors = [Tensor(name, (size,), "float32") for name, size in shapes.items()]
+    space = Space.of(tensors, unit_of=lambda name: name.rpartition(".")[0])
+    names = [[space.units[index].name for index in chain] for chain in space.chains]
+    assert names == [["h.0", "h.1"], ["h.5", "h.6"], ["g.7", "g.8"]]
