@@ -74,6 +74,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--zero", type=int, default=2)
     parser.add_argument("--dtype", choices=["bfloat16"])
+    parser.add_argument("--parity", type=int, default=1)
     parser.add_argument("--pause", type=float, default=0.0, help="seconds of a leaf")
     parser.add_argument("--flaw", default="")
     return parser.parse_args()
@@ -91,6 +92,7 @@ def prepare(run: outlast.Run, options: argparse.Namespace) -> nn.Module:
         clip=0.5,
         schedule=lambda step: min(1.0, (step + 1) / 4),
         dtype=getattr(torch, options.dtype) if options.dtype else None,
+        parity=options.parity,
     )
 
 
