@@ -6,24 +6,23 @@ from the first rung that has it:
 
     replica   a live worker's own slot holds it
     memory    the worker is dead, its node's agent still has the slot
-    parity    at most m members of the stripe are gone
+    parity    at most m units of its stripe are gone, whoever holds the others
 
 and refuses, by name, what no rung has. All rungs are exact: determinism makes all copies of a
 step equal, so copies of different generations may be mixed."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from outlast.checkpoint.decode import Decode, Readable, decodes
 from outlast.checkpoint.protection import record_stripes
 from outlast.checkpoint.records import ParityRecord, Protection, Report, SlotSource, StateShape
-from outlast.checkpoint.stream import stream_parts
 from outlast.cluster.errors import StateLost
 from outlast.layout.layout import Layout, deal, replicate, settle
 from outlast.layout.plan import plan
-from outlast.layout.run import Run, intersect, numel, subtract, union
+from outlast.layout.run import Run, numel, subtract, union
 from outlast.layout.space import Space
-from outlast.layout.stripe import Piece, Stripe
 
 _MEMORY = 1 << 48  # holders of a plan: ranks below, memories of dead workers above
 
@@ -49,35 +48,6 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Bytes of one role that rank `src` reads from its slot `source` for a decoder."""
-
-    src: int
-    source: int
-    role: str
-    run: Run
-
-
-@dataclass(frozen=True, slots=True)
-class Decode:
-    """Rebuild one data unit of a stripe at rank `decoder` and send it to its new owners.
-
-    Args:
-        unit: (parity source of the decoder, stripe, row).
-        inputs: the parts of every other data unit, in stream order.
-        lost: (role, run) of the lost unit, in stream order.
-        outputs: (rank, role, run): what of it goes where.
-    """
-
-    decoder: int
-    unit: tuple[int, int, int]
-    length: int
-    inputs: tuple[tuple[Part, ...], ...]
-    lost: tuple[tuple[str, Run], ...]
-    outputs: tuple[tuple[int, str, Run], ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Recovery:
     """What every rank does next; `step` counts committed steps; `fresh` means nothing is stored
     yet."""
@@ -96,11 +66,16 @@ class Recovery:
         total: dict[str, int] = {}
         for move in self.transfers:
             total[move.rung] = total.get(move.rung, 0) + move.run.numel * shape.element_bytes
-        sizes = {role.name: role.itemsize for role in shape.roles}
         for decode in self.decodes:
-            size = sum(run.numel * sizes[role] for _, role, run in decode.outputs)
+            size = sum(out.run.numel * shape.widths[out.role] for out in decode.outputs)
             total[Rung.PARITY] = total.get(Rung.PARITY, 0) + size
         return {str(rung): size for rung, size in total.items()}
+
+    def moved(self, shape: StateShape) -> int:
+        """Bytes that go from one rank to another."""
+        size = sum(move.run.numel for move in self.transfers if move.src != move.dst)
+        decodes = (message for decode in self.decodes for message in decode.moved(shape))
+        return size * shape.element_bytes + sum(n for src, dst, n in decodes if src != dst)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +133,7 @@ class _Attempt:
         self.held = {key: slot.held for key, (_, _, slot) in self.sources.items()}
         self.plan = plan(Layout.of(self.held), self.wanted)
         self.missing = {dst: runs for dst, runs in self.plan.missing if runs}
-        self.decodes = tuple(self._decodes()) if self.missing else ()
+        self.decodes = self._decodes() if self.missing else ()
 
     def _target(self) -> Layout:
         holders = [report.holder for report in self.reports]
@@ -187,22 +162,27 @@ class _Attempt:
         )
 
     def _whole_parity(self) -> tuple[int, int] | None:
-        """The newest parity up to this step of which every live encoder has its units.
+        """The newest parity up to this step of which every live holder has its units.
 
         It is what a further loss falls back on until the parity of the new generation is whole.
         """
-        made: dict[tuple[int, int], tuple[ParityRecord, set[int]]] = {}
+        made: dict[tuple[int, int], tuple[ParityRecord, set[tuple[int, int, int]]]] = {}
         for report in self.reports:
             for source in report.parity:
                 record = source.record
                 if source.own and record.step <= self.step:
-                    key = (record.step, record.generation)
-                    made.setdefault(key, (record, set()))[1].add(report.holder)
+                    _, there = made.setdefault((record.step, record.generation), (record, set()))
+                    there |= {(report.holder, unit.stripe, unit.row) for unit in record.units}
         live = {report.holder for report in self.reports}
         for key in sorted(made, reverse=True):
-            record, holders = made[key]
-            stripes = record_stripes(self.ladder.shape, record)
-            if {stripe.parity[0] for stripe in stripes} & live <= holders:
+            record, there = made[key]
+            due = {
+                (holder, stripe.index, row)
+                for stripe in record_stripes(self.ladder.shape, record)
+                for row, holder in enumerate(stripe.parity)
+                if holder in live
+            }
+            if due <= there:
                 return key
         return None
 
@@ -214,16 +194,14 @@ class _Attempt:
         return f"step {self.step}: {numel(runs)} elements are in no memory or parity ({shown})"
 
     def _unrecovered(self) -> tuple[Run, ...]:
+        found: dict[tuple[int, str], list[Run]] = {}
+        for decode in self.decodes:
+            for output in decode.outputs:
+                found.setdefault((output.dst, output.role), []).append(output.run)
         gone: tuple[Run, ...] = ()
         for dst, runs in self.missing.items():
             for role in self.ladder.shape.roles:
-                found = [
-                    run
-                    for d in self.decodes
-                    for to, r, run in d.outputs
-                    if (to, r) == (dst, role.name)
-                ]
-                gone = union(gone, subtract(runs, found))
+                gone = union(gone, subtract(runs, found.get((dst, role.name), [])))
         return gone
 
     def _transfers(self) -> Iterator[Transfer]:
@@ -238,77 +216,7 @@ class _Attempt:
                 rung = Rung.REPLICA
             yield Transfer(rung, rank, index, move.dst, move.run)
 
-    def _decodes(self) -> Iterator[Decode]:
-        """Decodes of the missing runs, records of newer generations first."""
-        found: dict[tuple[int, str], list[Run]] = {}
-        records: dict[int, ParityRecord] = {}
-        units: dict[tuple[int, int, int], tuple[int, int]] = {}
-        for report in self.reports:
-            for index, source in enumerate(report.parity):
-                if source.record.step == self.step:
-                    records[source.record.generation] = source.record
-                    for unit in source.record.units:
-                        key = (source.record.generation, unit.stripe, unit.row)
-                        units.setdefault(key, (report.rank, index))
-        for generation in sorted(records, reverse=True):
-            record = records[generation]
-            old = Layout.from_json(record.layout)
-            for stripe in record_stripes(self.ladder.shape, record):
-                at = units.get((generation, stripe.index, 0))
-                decode = at and self._decode(stripe, old, at, found)
-                if decode:
-                    for dst, role, run in decode.outputs:
-                        found.setdefault((dst, role), []).append(run)
-                    yield decode
-
-    def _decode(
-        self,
-        stripe: Stripe,
-        old: Layout,
-        at: tuple[int, int],
-        found: Mapping[tuple[int, str], list[Run]],
-    ) -> Decode | None:
-        """Decode of one stripe if it gives back something and only one of its units is gone."""
-        inputs, lost = [], []
-        for piece in stripe.data:
-            parts = tuple(self._parts(piece, old))
-            sources = self._locate(parts)
-            if sources is None:
-                lost.append(parts)
-            else:
-                inputs.append(sources)
-        if len(lost) != 1:
-            return None
-        outputs = tuple(
-            (dst, role, piece)
-            for dst, runs in self.missing.items()
-            for role, run in lost[0]
-            for piece in subtract(intersect([run], runs), found.get((dst, role), []))
-        )
-        if not outputs:
-            return None
-        rank, index = at
-        unit = (index, stripe.index, 0)
-        return Decode(rank, unit, stripe.length, tuple(inputs), lost[0], outputs)
-
-    def _parts(self, piece: Piece, old: Layout) -> Iterator[tuple[str, Run]]:
-        runs = old.runs(piece.holder)
-        return stream_parts(self.ladder.shape, runs, piece.start, piece.stop)
-
-    def _locate(self, parts: Sequence[tuple[str, Run]]) -> tuple[Part, ...] | None:
-        """Who reads the parts, in order; None if some element is nowhere."""
-        located: list[Part] = []
-        for role, run in parts:
-            rest: tuple[Run, ...] = (run,)
-            pieces = []
-            for key in self.sources:
-                rank, index, _ = self.sources[key]
-                got = intersect(rest, self.held[key])
-                pieces += [Part(rank, index, role, piece) for piece in got]
-                rest = subtract(rest, got)
-                if not rest:
-                    break
-            if rest:
-                return None
-            located += sorted(pieces, key=lambda part: part.run.start)
-        return tuple(located)
+    def _decodes(self) -> tuple[Decode, ...]:
+        found = sorted(self.sources.items(), key=lambda item: not item[1][2].own)
+        readable = [Readable(rank, index, self.held[key]) for key, (rank, index, _) in found]
+        return decodes(self.ladder.shape, self.reports, self.step, readable, self.missing)

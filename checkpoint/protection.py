@@ -6,7 +6,7 @@ Both who encodes and who decodes derive them from the same values, so no list of
 from collections.abc import Iterator, Mapping, Sequence
 
 from outlast.checkpoint.records import ParityRecord, Protection, StateShape
-from outlast.checkpoint.stream import stream_bytes
+from outlast.checkpoint.stream import stream_bytes, stream_roles
 from outlast.layout.layout import Layout
 from outlast.layout.run import Run, intersect
 from outlast.layout.stripe import ALIGN, Piece, Stripe, parity_bytes, stripes
@@ -67,7 +67,7 @@ def _pieces(
 ) -> Iterator[Piece]:
     """The stretches of a stream that lie in `edges`."""
     runs, at = layout.runs(holder), 0
-    for role in shape.roles:
+    for role in stream_roles(shape):
         begin = end = at
         for run in runs:
             for part in intersect([run], edges):

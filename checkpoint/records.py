@@ -42,6 +42,11 @@ class StateShape:
         return next(role for role in self.roles if role.name == name)
 
     @property
+    def widths(self) -> dict[str, int]:
+        """Bytes per element of each role."""
+        return {role.name: role.itemsize for role in self.roles}
+
+    @property
     def element_bytes(self) -> int:
         """Bytes of state per element of the model."""
         return sum(role.itemsize for role in self.roles)

@@ -1,23 +1,27 @@
-"""Moves the bytes of a recovery: first the units that decoders need, then every run to its owner.
+"""Moves the bytes of a recovery, round by round: runs to their owners, units to their decoders.
 
-Every rank walks the same lists in the same order, so what one sends is what the other expects, and
-no message needs a header.
+What a decoder rebuilds in one round travels in the next, beside the inputs of that one. Every rank
+posts the messages of all in the same order (`checkpoint/batch.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from outlast.checkpoint.batch import Batch, batches
 from outlast.checkpoint.code import Code
-from outlast.checkpoint.ladder import Decode, Part, Recovery
+from outlast.checkpoint.decode import Decode
+from outlast.checkpoint.ladder import Recovery
+from outlast.checkpoint.ladder import Transfer as Move
 from outlast.checkpoint.records import StateShape
 from outlast.layout.run import Run, canonical
 from outlast.runtime.collectives import Communicator
 from outlast.runtime.shard_state import ShardState
 from outlast.runtime.survey import Survey
 
-Rebuilt = dict[tuple[str, Run], Tensor]
+Units = dict[int, Tensor]  # rebuilt data units of one window
 
 
 class Transfer:
@@ -26,104 +30,125 @@ class Transfer:
     def __init__(self, communicator: Communicator, survey: Survey, shape: StateShape) -> None:
         self._communicator, self._survey, self._shape = communicator, survey, shape
         self._rank = communicator.rank
+        self._widths = shape.widths
 
     def run(self, decision: Recovery, state: ShardState, half: int) -> list[Run]:
         """Receive into `half` what this rank lacks; returns the runs that arrived."""
-        rebuilt = self._decode(decision.decodes)
-        if not decision.transfers and not decision.decodes:
-            return []
-        sent = self._empty()
-        incoming: list[tuple[int, str, Run]] = []
-        for move in decision.transfers:
-            for role in self._shape.roles:
-                if move.src == self._rank:
-                    slot = self._survey.slots[move.source]
-                    sent[move.dst].append(slot.read(role.name, move.run))
+        received: list[Run] = []
+        before: tuple[Decode, ...] = ()
+        rebuilt: list[Units] = []
+        for batch in chain(batches(decision, self._shape), [Batch()]):
+            mail = _Mail(self._communicator)
+            incoming = [*self._post_moves(mail, batch.moves)]
+            incoming += self._post_outputs(mail, before, rebuilt)
+            self._post_inputs(mail, batch.decodes)
+            arrived = mail.deliver()
+            for role, run in incoming:
+                state.host(half, role, run).view(torch.uint8).copy_(next(arrived))
+                received.append(run)
+            before = batch.decodes
+            rebuilt = [self._decode(d, arrived) for d in before if d.decoder == self._rank]
+        return list(canonical(received))
+
+    def _post_moves(self, mail: "_Mail", moves: Sequence[Move]) -> Iterator[tuple[str, Run]]:
+        """Post `moves`; yields (role, run) of what is for this rank."""
+        for move in moves:
+            for role, width in self._widths.items():
+                mine = move.src == self._rank
+                data = self._survey.slots[move.source].read(role, move.run) if mine else None
+                mail.post(move.src, move.dst, move.run.numel * width, data)
                 if move.dst == self._rank:
-                    incoming.append((move.src, role.name, move.run))
-        for decode in decision.decodes:
-            for dst, name, run in decode.outputs:
-                if decode.decoder == self._rank:
-                    sent[dst].append(self._slice(rebuilt, name, run))
-                if dst == self._rank:
-                    incoming.append((decode.decoder, name, run))
-        arrived = self._swap(sent, [(src, self._size(name, run)) for src, name, run in incoming])
-        for (_, name, run), data in zip(incoming, arrived, strict=True):
-            state.host(half, name, run).view(torch.uint8).copy_(data)
-        return list(canonical(run for _, _, run in incoming))
+                    yield role, move.run
 
-    def _decode(self, decodes: Sequence[Decode]) -> Rebuilt:
-        """Rebuild the units that this rank decodes: (role, run) -> its bytes."""
-        if not decodes:
-            return {}
-        sent = self._empty()
-        expected: list[Part] = []
+    def _post_outputs(
+        self, mail: "_Mail", decodes: Sequence[Decode], rebuilt: Sequence[Units]
+    ) -> Iterator[tuple[str, Run]]:
+        """Post what `decodes` gave, those of this rank being `rebuilt`; yields what is for it."""
+        mine = iter(rebuilt)
         for decode in decodes:
-            for part in (part for unit in decode.inputs for part in unit):
-                if part.src == self._rank:
-                    slot = self._survey.slots[part.source]
-                    sent[decode.decoder].append(slot.read(part.role, part.run))
-                if decode.decoder == self._rank:
-                    expected.append(part)
-        sizes = [(part.src, self._size(part.role, part.run)) for part in expected]
-        arrived = iter(self._swap(sent, sizes))
-        found: Rebuilt = {}
+            units = next(mine) if decode.decoder == self._rank else {}
+            for output in decode.outputs:
+                size = output.run.numel * self._widths[output.role]
+                at = output.at - decode.begin
+                data = units[output.unit][at : at + size] if units else None
+                mail.post(decode.decoder, output.dst, size, data)
+                if output.dst == self._rank:
+                    yield output.role, output.run
+
+    def _post_inputs(self, mail: "_Mail", decodes: Sequence[Decode]) -> None:
         for decode in decodes:
-            if decode.decoder == self._rank:
-                units = [[next(arrived) for _ in unit] for unit in decode.inputs]
-                found.update(self._decode_one(decode, units))
-        return found
+            for part in decode.inputs:
+                mine = part.src == self._rank
+                data = self._survey.slots[part.source].read(part.role, part.run) if mine else None
+                size = part.run.numel * self._widths[part.role]
+                mail.post(part.src, decode.decoder, size, data)
+            for row in decode.parity:
+                data = None
+                if row.src == self._rank:
+                    whole = self._survey.parity[row.source].unit(decode.stripe, row.row)
+                    data = torch.from_numpy(whole[decode.begin : decode.end])
+                mail.post(row.src, decode.decoder, decode.end - decode.begin, data)
 
-    def _decode_one(self, decode: Decode, units: list[list[Tensor]]) -> Rebuilt:
-        source, stripe, row = decode.unit
-        nothing = torch.empty(0, dtype=torch.uint8)
-        data = [torch.cat(parts or [nothing]).numpy() for parts in units]
-        whole = torch.empty(decode.length, dtype=torch.uint8)
-        k = len(data) + 1
-        parity = {row: self._survey.parity[source].unit(stripe, row)}
-        # With one parity row the order of the data does not matter.
-        Code(k, 1).decode(dict(enumerate(data)), parity, {k - 1: whole.numpy()})
-        sizes = [self._size(name, run) for name, run in decode.lost]
-        pieces = torch.split(whole[: sum(sizes)], sizes)
-        return dict(zip(decode.lost, pieces, strict=True))
+    def _decode(self, decode: Decode, arrived: Iterator[Tensor]) -> Units:
+        parts: dict[int, list[Tensor]] = {n: [] for n in range(decode.k) if n not in decode.lost}
+        for part in decode.inputs:
+            parts[part.unit].append(next(arrived))
+        data = {unit: _joined(some).numpy() for unit, some in parts.items()}
+        parity = {row.row: next(arrived).numpy() for row in decode.parity}
+        size = decode.end - decode.begin
+        lost = {unit: torch.empty(size, dtype=torch.uint8) for unit in decode.lost}
+        code = Code(decode.k, decode.m)
+        code.decode(data, parity, {unit: whole.numpy() for unit, whole in lost.items()})
+        return lost
 
-    def _empty(self) -> list[list[Tensor]]:
-        return [[] for _ in range(self._communicator.size)]
 
-    def _size(self, role: str, run: Run) -> int:
-        return run.numel * self._shape.role(role).itemsize
+class _Mail:
+    """The messages of one round: every rank posts all of them, in the same order."""
 
-    def _slice(self, rebuilt: Rebuilt, role: str, run: Run) -> Tensor:
-        """Bytes of `run`, which lies within one rebuilt run of its role."""
-        width = self._shape.role(role).itemsize
-        for (name, home), data in rebuilt.items():
-            if name == role and home.start <= run.start and run.stop <= home.stop:
-                return data[(run.start - home.start) * width : (run.stop - home.start) * width]
-        raise AssertionError(f"{role} {run} was not rebuilt")
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+        size = communicator.size
+        self._sent: list[list[Tensor]] = [[] for _ in range(size)]
+        self._expected: list[tuple[int, int, Tensor | None]] = []  # (src, bytes, data if local)
+        self._remote = False
 
-    def _swap(self, sent: list[list[Tensor]], expected: list[tuple[int, int]]) -> list[Tensor]:
-        """One all-to-all of byte vectors.
+    def post(self, src: int, dst: int, size: int, data: Tensor | None) -> None:
+        """A message of `size` bytes; `data` (uint8 [size]) at its sender."""
+        rank = self._communicator.rank
+        self._remote |= src != dst
+        if dst == rank:
+            self._expected.append((src, size, data))
+        elif data is not None:
+            self._sent[dst].append(data)
 
-        Args:
-            expected: (rank, bytes) of what arrives, in the order in which the senders list it.
-        Returns:
-            what arrived, in the order of `expected`.
-        """
-        device, size = self._communicator.device, self._communicator.size
-        flat = [part for parts in sent for part in parts]
-        nothing = torch.empty(0, dtype=torch.uint8)
-        received = [sum(n for rank, n in expected if rank == src) for src in range(size)]
+    def deliver(self) -> Iterator[Tensor]:
+        """What arrived here, uint8 each, in the order in which it was posted."""
+        parts = self._exchange() if self._remote else ()
+        taken = [0] * self._communicator.size
+        found = []
+        for src, size, data in self._expected:
+            found.append(parts[src][taken[src] :][:size] if data is None else data)
+            taken[src] += size if data is None else 0
+        return iter(found)
+
+    def _exchange(self) -> Sequence[Tensor]:
+        """One all-to-all; what came from each rank."""
+        device = self._communicator.device
+        received = [0] * self._communicator.size
+        for src, size, data in self._expected:
+            received[src] += size if data is None else 0
         output = torch.empty(sum(received), dtype=torch.uint8, device=device)
         self._communicator.exchange(
             output,
-            torch.cat(flat or [nothing]).to(device),
+            _joined([part for parts in self._sent for part in parts]).to(device),
             received,
-            [sum(part.numel() for part in parts) for parts in sent],
+            [sum(part.numel() for part in parts) for parts in self._sent],
         ).wait()
-        parts = torch.split(output.cpu(), received)
-        taken = [0] * size
-        found = []
-        for rank, count in expected:
-            found.append(parts[rank][taken[rank] : taken[rank] + count])
-            taken[rank] += count
-        return found
+        return torch.split(output.cpu(), received)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """uint8 tensors end to end; a single one is not copied."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([*parts]) if parts else torch.empty(0, dtype=torch.uint8)

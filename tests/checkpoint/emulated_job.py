@@ -10,12 +10,13 @@ from collections.abc import Collection, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import pairwise
 
 import numpy as np
 
+from outlast.checkpoint.batch import batches
 from outlast.checkpoint.code import Code
-from outlast.checkpoint.ladder import Decode, Ladder, Recovery
+from outlast.checkpoint.decode import Decode
+from outlast.checkpoint.ladder import Ladder, Recovery
 from outlast.checkpoint.memory import ParityMemory
 from outlast.checkpoint.protection import layout_stripes
 from outlast.checkpoint.records import (
@@ -32,12 +33,14 @@ from outlast.checkpoint.stream import stream_parts
 from outlast.layout.layout import Layout, deal, replicate
 from outlast.layout.run import Run, union
 from outlast.layout.space import Space, Tensor
-from outlast.layout.stripe import Piece
+from outlast.layout.stripe import Piece, Stripe
 
 Array = np.ndarray
 ROLES = (Role("param", "float32", 4), Role("exp_avg", "bfloat16", 2))
 WIDTH = {role.name: role.itemsize for role in ROLES}
 GRAIN = 64
+PROTECTION = Protection()
+WINDOW, ROUND = 512, 2048  # bytes: small enough that every decode and round is cut
 POISON = 0xEE
 
 
@@ -103,11 +106,17 @@ class EmulatedJob:
     """Nodes of `per_node` workers each; step 1 is committed on all of them, without parity."""
 
     def __init__(
-        self, nodes: int, per_node: int, *, replicated: bool = False, space: Space | None = None
+        self,
+        nodes: int,
+        per_node: int,
+        *,
+        replicated: bool = False,
+        space: Space | None = None,
+        protection: Protection = PROTECTION,
     ) -> None:
         self.space = space or small_space()
         self.shape = StateShape("model", self.space.numel, ROLES)
-        self.ladder = Ladder(self.space, self.shape, GRAIN, replicated)
+        self.ladder = Ladder(self.space, self.shape, GRAIN, replicated, protection)
         self.replicated = replicated
         self.ranks = [1000 - 7 * i for i in range(nodes * per_node)]  # holders, not ascending
         self.memories = {
@@ -156,22 +165,31 @@ class EmulatedJob:
         domains = {holder: self.memories[holder].node for holder in self.ranks}
         if len(set(domains.values())) < 2 or self.replicated:
             return
-        described = self.layout.as_json(), {str(h): node for h, node in domains.items()}
-        made = layout_stripes(self.shape, flaw or self.layout, domains, Protection())
+        protection = self.ladder.protection
+        named = {str(holder): node for holder, node in domains.items()}
+        described = self.layout.as_json(), named, protection
+        made = layout_stripes(self.shape, flaw or self.layout, domains, protection)
+        encoded = {stripe.index: self._encode(stripe, step) for stripe in made}
         for holder in self.ranks if encoders is None else encoders:
             memory = self.memories[holder]
             half = ParityMemory.spare(memory, self.keep)  # type: ignore[arg-type]
-            units, listed = {}, []
-            for stripe in (stripe for stripe in made if stripe.parity[0] == holder):
-                unit = np.empty(stripe.length, np.uint8)
-                data = [self._stream(piece, step) for piece in stripe.data]
-                Code(len(data), 1).encode(data, [unit])
-                units[stripe.index, 0] = unit
-                listed.append(ParityUnit(stripe.index, 0, 0, stripe.length, 0))
-            record = ParityRecord(step, self.generation, *described, Protection(), tuple(listed))
+            units = {
+                (stripe.index, row): encoded[stripe.index][row]
+                for stripe in made
+                for row, keeper in enumerate(stripe.parity)
+                if keeper == holder
+            }
+            listed = [ParityUnit(*key, 0, unit.size, 0) for key, unit in units.items()]
+            record = ParityRecord(step, self.generation, *described, tuple(listed))
             memory.parity[half] = ParityHalf(record, units)
         if encoders is None:
             self.keep = (step, self.generation)
+
+    def _encode(self, stripe: Stripe, step: int) -> list[Array]:
+        data = [self._stream(piece, step) for piece in stripe.data]
+        parity = [np.empty(stripe.length, np.uint8) for _ in stripe.parity]
+        Code(len(data), len(parity)).encode(data, parity)
+        return parity
 
     def _stream(self, piece: Piece, step: int) -> Array:
         runs = self.layout.runs(piece.holder)
@@ -273,27 +291,23 @@ class EmulatedJob:
             fresh = {role.name: _poison(role.name, self.space.numel) for role in ROLES}
             data.append({n: v.copy() for n, v in mine.data.items()} if mine else fresh)
         arrived: list[list[Run]] = [[] for _ in self.ranks]
-        for move in decision.transfers:
+        rounds = list(batches(decision, self.shape, ROUND, WINDOW))
+        for move in (move for batch in rounds for move in batch.moves):
             half = slots[move.src][move.source]
             assert half.step == decision.step
             for role in ROLES:
                 from_there = cut(half.data[role.name], role.name, move.run)
                 cut(data[move.dst][role.name], role.name, move.run)[:] = from_there
             arrived[move.dst].append(move.run)
-        for decode in decision.decodes:
+        for decode in (decode for batch in rounds for decode in batch.decodes):
             rebuilt = _decode(decode, slots, parity)
-            for dst, role, run in decode.outputs:
-                home, values = next(
-                    (home, values)
-                    for (name, home), values in rebuilt.items()
-                    if name == role and home.start <= run.start and run.stop <= home.stop
-                )
-                first = (run.start - home.start) * WIDTH[role]
-                part = values[first : first + run.numel * WIDTH[role]]
-                cut(data[dst][role], role, run)[:] = part
-                arrived[dst].append(run)
+            for out in decode.outputs:
+                at, size = out.at - decode.begin, out.run.numel * WIDTH[out.role]
+                cut(data[out.dst][out.role], out.role, out.run)[:] = rebuilt[out.unit][
+                    at : at + size
+                ]
+                arrived[out.dst].append(out.run)
         return [(d, union((), runs)) for d, runs in zip(data, arrived, strict=True)]
-
 
 
 def _joined(parts: Iterable[Array]) -> Array:
@@ -307,18 +321,19 @@ def _oldest(halves: list[Half | None]) -> int:
 
 def _decode(
     decode: Decode, slots: list[list[Half]], parity: list[list[ParityHalf]]
-) -> dict[tuple[str, Run], Array]:
-    source, stripe, row = decode.unit
-    unit = parity[decode.decoder][source].units[stripe, row]
-    inputs = [
-        _joined(cut(slots[p.src][p.source].data[p.role], p.role, p.run) for p in parts)
-        for parts in decode.inputs
-    ]
-    whole = np.empty(decode.length, np.uint8)
-    k = len(inputs) + 1
-    Code(k, 1).decode(dict(enumerate(inputs)), {row: unit}, {k - 1: whole})
-    edges = np.cumsum([0, *(run.numel * WIDTH[role] for role, run in decode.lost)])
-    return {key: whole[a:b] for key, (a, b) in zip(decode.lost, pairwise(edges), strict=True)}
+) -> dict[int, Array]:
+    """The lost units of one window."""
+    parts: dict[int, list[Array]] = {n: [] for n in range(decode.k) if n not in decode.lost}
+    for p in decode.inputs:
+        parts[p.unit].append(cut(slots[p.src][p.source].data[p.role], p.role, p.run))
+    rows = {
+        row.row: parity[row.src][row.source].units[decode.stripe, row.row] for row in decode.parity
+    }
+    window = {row: unit[decode.begin : decode.end] for row, unit in rows.items()}
+    lost = {unit: np.empty(decode.end - decode.begin, np.uint8) for unit in decode.lost}
+    data = {unit: _joined(some) for unit, some in parts.items()}
+    Code(decode.k, decode.m).decode(data, window, lost)
+    return lost
 
 
 def _poison(role: str, numel: int) -> Array:

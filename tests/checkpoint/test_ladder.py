@@ -2,15 +2,15 @@
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from outlast.checkpoint import ladder as module
-from outlast.checkpoint.ladder import Part, Recovery, Rung
+from outlast.checkpoint import decode as module
+from outlast.checkpoint.ladder import Recovery, Rung
 from outlast.cluster.errors import StateLost
 from outlast.layout.layout import deal, rebalance
 from outlast.layout.run import numel
@@ -319,25 +319,14 @@ def test_planted_decode_of_two_lost_units_gives_wrong_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where two units of a stripe are lost, each is rebuilt as if the other were zeros."""
-    decodes, decode = module._Attempt._decodes, module._Attempt._decode
-    locate, chosen, lost = module._Attempt._locate, [0], [0]
+    add = module._Decoding._add
 
-    def twice(self: module._Attempt) -> Iterator[Any]:
-        for chosen[0] in (0, 1):
-            yield from decodes(self)
+    def flawed(self: Any, stripe: Any, inputs: Any, outputs: Any, gaps: Any, rows: Any) -> None:
+        for lost in {unit for _, _, unit in gaps}:
+            mine = [out for out in outputs if out.unit == lost]
+            add(self, stripe, inputs, mine, [gap for gap in gaps if gap[2] == lost], rows)
 
-    def begin(*arguments: Any) -> Any:
-        lost[0] = 0
-        return decode(*arguments)
-
-    def flawed(self: module._Attempt, parts: Sequence[Any]) -> tuple[Part, ...] | None:
-        found = locate(self, parts)
-        lost[0] += found is None
-        return () if found is None and lost[0] - 1 != chosen[0] else found
-
-    monkeypatch.setattr(module._Attempt, "_decodes", twice)
-    monkeypatch.setattr(module._Attempt, "_decode", begin)
-    monkeypatch.setattr(module._Attempt, "_locate", flawed)
+    monkeypatch.setattr(module._Decoding, "_add", flawed)
     with pytest.raises(AssertionError, match="wrong bytes"):
         torn(healthy(4, 1), 2).recover()
 
