@@ -207,7 +207,7 @@ def connect(
     """Join the group of a generation with the backend that serves `device`.
 
     Args:
-        store: rendezvous keys of this generation.
+        store: rendezvous keys of this group alone.
         host: address of this node on the data plane.
     Raises:
         PeerLost: a peer did not come; a newer generation will say why.
@@ -233,13 +233,13 @@ def _gloo(
     return group, lambda: shut_down(store)
 
 
-def shut_down(store: RendezvousStore) -> None:
-    """Shut down every TCP connection of a gloo group, built or half built; from any thread.
+def shut_down(*stores: RendezvousStore) -> None:
+    """Shut down every TCP connection of gloo groups, built or half built; from any thread.
 
-    Which of the process's sockets are the group's? Those with an end whose address a rank
-    published in the store of its generation.
+    Which of the process's sockets are a group's? Those with an end whose address a rank published
+    in its store.
     """
-    published = b"".join(store.values())
+    published = b"".join(value for store in stores for value in store.values())
     for name in os.listdir("/proc/self/fd"):
         try:
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):

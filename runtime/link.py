@@ -2,8 +2,14 @@
 
 One thread listens. A new view interrupts the running generation at once and is connected in a
 thread of its own, so that the main thread, which may be deep in somebody's forward pass, finds
-the new group ready when it comes up for air. `SoloLink` is the same line for a process that no
-agent started: a job of one."""
+the new group ready when it comes up for air. The same thread then connects a second group, the
+*side*, for what travels beside the steps. `SoloLink` is the same line for a process that no agent
+started: a job of one.
+
+[Note: side group] Collectives of one group must be posted in the same order by every rank. Parity
+travels chunk by chunk while the main thread folds and gathers at moments of its own, so it has a
+group of its own: neither ever waits for the other. The side is up a little later than its
+generation, and ends with it."""
 
 import base64
 import contextlib
@@ -13,7 +19,9 @@ import signal
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +32,7 @@ from outlast.cluster.latch import Latch
 from outlast.cluster.timing import Timing
 from outlast.cluster.view import Member, View, Worker
 from outlast.runtime.collectives import Communicator, Graveyard, connect, shut_down
+from outlast.runtime.pulse import Pulse
 from outlast.runtime.rendezvous import RendezvousStore
 
 _DATAGRAM = 1 << 17
@@ -44,13 +53,19 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A view this worker is part of, with its connected group; times are `time.time()`."""
+    """A view this worker is part of, with its connected group; times are `time.time()`.
+
+    Args:
+        side: the group of [Note: side group]: its result once it is connected, GenerationChanged or
+            PeerLost once it never will be.
+    """
 
     view: View
     communicator: Communicator
     received: float
     interrupted: float
     connected: float
+    side: Future[Communicator] = field(default_factory=Future)
 
     @property
     def nodes(self) -> list[tuple[int, str]]:
@@ -72,11 +87,20 @@ class Generation:
         domains = self.domains
         return next(h for h, domain in domains.items() if domain == domains[holder])
 
+    def bury(self, graveyard: Graveyard) -> None:
+        """End both groups, also a side that is not up yet; never blocks."""
+        with contextlib.suppress(InvalidStateError):
+            self.side.set_exception(GenerationChanged("the generation has ended"))
+        graveyard.bury(self.communicator)
+        if self.side.exception() is None:
+            graveyard.bury(self.side.result())
+
 
 class Link(Protocol):
     """What the runtime needs of its surroundings."""
 
     identity: Identity
+    pulse: Pulse
 
     def ready(self, device: torch.device) -> None: ...
     def allocate(self, size: int) -> int: ...
@@ -94,14 +118,14 @@ class AgentLink:
         self._socket = socket.socket(fileno=descriptor)
         self._state = threading.Condition()
         self._answers: dict[str, tuple[dict[str, Any], list[int]]] = {}
-        self._stores: dict[int, RendezvousStore] = {}
+        self._stores: dict[tuple[int, str], RendezvousStore] = {}  # by generation and group
         self._view: View | None = None
         self._received = 0.0
         self._complete = False
         self._current: Generation | None = None
         self._graveyard = Graveyard()
         self._device = torch.device("cpu")
-        self.step = 0
+        self.pulse = Pulse()
         if latch is not None:
             Latch(latch).hold()
         threading.Thread(target=self._listen, name="outlast-link", daemon=True).start()
@@ -152,6 +176,9 @@ class AgentLink:
     def next_generation(self, newer_than: int, deadline_s: float) -> Generation:
         """Wait for a connected generation that is newer and the newest.
 
+        A worker that the newest view leaves out waits without limit: places are the agents' to
+        give, and only the peers of a view can be late.
+
         Raises:
             PeerLost: none came by the deadline.
             JobComplete: none will come.
@@ -167,18 +194,27 @@ class AgentLink:
             )
 
         with self._state:
-            if not self._state.wait_for(lambda: found() or self._complete, deadline_s):
-                raise PeerLost(f"no generation after {newer_than} within {deadline_s:.0f} s")
+            began = time.time()
+            while not self._state.wait_for(lambda: found() or self._complete, deadline_s):
+                late = time.time() - max(began, self._received) >= deadline_s
+                if late and not self._left_out:
+                    raise PeerLost(f"no generation after {newer_than} within {deadline_s:.0f} s")
             if not found():
                 raise JobComplete("the job is complete: other ranks have finished and left")
             assert self._current is not None
             return self._current
 
+    @property
+    def _left_out(self) -> bool:
+        workers = self._view.workers if self._view is not None else ()
+        inside = any(worker.holder == self.identity.holder for _, worker in workers)
+        return self._view is not None and not inside
+
     def close(self) -> None:
         """Leave: the work is done."""
         self.send(kind="finished")
         if self._current is not None:
-            self._graveyard.bury(self._current.communicator)
+            self._current.bury(self._graveyard)
 
     def _answer(self, kind: str, deadline_s: float) -> tuple[dict[str, Any], list[int]]:
         with self._state:
@@ -198,10 +234,11 @@ class AgentLink:
             message = json.loads(data)
             kind = message["kind"]
             if kind == "ping":
-                self.send(kind="pong", n=message["n"], step=self.step)
+                self.send(kind="pong", n=message["n"], **self.pulse.fields())
             elif kind == "store":
+                group, _, key = message["key"].partition("/")
                 value = base64.b64decode(message["value"])
-                self._store(message["generation"]).put(message["key"], value)
+                self._store(message["generation"], group).put(key, value)
             elif kind == "complete":
                 with self._state:
                     self._complete = True
@@ -213,17 +250,17 @@ class AgentLink:
                     self._answers[kind] = (message, descriptors)
                     self._state.notify_all()
 
-    def _store(self, generation: int) -> RendezvousStore:
-        """The store of a generation; keys may arrive before their view."""
+    def _store(self, generation: int, group: str) -> RendezvousStore:
+        """The store of a group of a generation; keys may arrive before their view."""
         with self._state:
-            if generation not in self._stores:
+            if (generation, group) not in self._stores:
 
                 def publish(key: str, value: bytes) -> None:
-                    text = base64.b64encode(value).decode()
-                    self.send(kind="store", generation=generation, key=key, value=text)
+                    text, name = base64.b64encode(value).decode(), f"{group}/{key}"
+                    self.send(kind="store", generation=generation, key=name, value=text)
 
-                self._stores[generation] = RendezvousStore(publish, _PEER_START_S)
-            return self._stores[generation]
+                self._stores[generation, group] = RendezvousStore(publish, _PEER_START_S)
+            return self._stores[generation, group]
 
     def _install(self, view: View) -> None:
         """A new view: end the old generation, connect the new one beside the main thread."""
@@ -232,49 +269,71 @@ class AgentLink:
                 return
             self._view, self._received = view, time.time()
             old, self._current = self._current, None
-            stale = [g for g in self._stores if g < view.generation]
-            for generation in stale:
-                store = self._stores.pop(generation)
+            stale = [key for key in self._stores if key[0] < view.generation]
+            ended = [self._stores.pop(key) for key in stale]
+            for store in ended:
                 store.close()
-                shut_down(store)  # a peer of a half-built group may be dead: do not wait for it
+            shut_down(*ended)  # a peer of a half-built group may be dead: do not wait for it
+            stores = [self._store(view.generation, group) for group in ("main", "side")]
         if old is not None:
             reach("interrupt", generation=view.generation)
-            self._graveyard.bury(old.communicator)
+            old.bury(self._graveyard)
         interrupted = time.time()
         holders = [worker.holder for _, worker in view.workers]
         if self.identity.holder in holders:
             rank = holders.index(self.identity.holder)
             threading.Thread(
                 target=self._connect,
-                args=(view, rank, interrupted),
+                args=(view, rank, interrupted, stores),
                 name=f"outlast-generation-{view.generation}",
                 daemon=True,
             ).start()
 
-    def _connect(self, view: View, rank: int, interrupted: float) -> None:
-        generation, size = view.generation, len(view.workers)
-        store = self._store(generation)
-        identity = self.identity
+    def _connect(
+        self, view: View, rank: int, interrupted: float, stores: Sequence[RendezvousStore]
+    ) -> None:
+        """Both groups of a view; the side while the main thread already recovers."""
+        generation = view.generation
         reach("reconnect", generation=generation)
-        try:
-            communicator = connect(
-                store, generation, rank, size, self._device, identity.host, identity.timing
-            )
-            communicator.gather_bytes(b"")  # the generation is up once every rank was heard
-        except (PeerLost, GenerationChanged) as cause:
-            if not self.superseded(generation):
-                self.send(
-                    kind="event", event="connect_failed", generation=generation, cause=str(cause)
-                )
+        communicator = self._join(view, rank, stores[0])
+        if communicator is None:
             return
         with self._state:
             if self._view is not view:
                 self._graveyard.bury(communicator)
                 return
             received, connected = self._received, time.time()
-            self._current = Generation(view, communicator, received, interrupted, connected)
+            current = Generation(view, communicator, received, interrupted, connected)
+            self._current = current
             self._state.notify_all()
         self.send(kind="event", event="connected", generation=generation, rank=rank)
+        if len(set(current.domains.values())) == 1:
+            return  # nothing can be protected against the loss of the only domain
+        side = self._join(view, rank, stores[1])
+        try:
+            if side is None:
+                current.side.set_exception(PeerLost("the side did not connect"))
+            else:
+                current.side.set_result(side)
+        except InvalidStateError:  # buried meanwhile
+            if side is not None:
+                self._graveyard.bury(side)
+
+    def _join(self, view: View, rank: int, store: RendezvousStore) -> Communicator | None:
+        """One group of a view, up once every rank was heard; None if it did not come about."""
+        generation, size, identity = view.generation, len(view.workers), self.identity
+        try:
+            communicator = connect(
+                store, generation, rank, size, self._device, identity.host, identity.timing
+            )
+            communicator.gather_bytes(b"")
+        except (PeerLost, GenerationChanged) as cause:
+            if not self.superseded(generation):
+                self.send(
+                    kind="event", event="connect_failed", generation=generation, cause=str(cause)
+                )
+            return None
+        return communicator
 
 
 # How long a peer may take from its start to `prepare()`. If it dies meanwhile, a new view says so.
@@ -288,7 +347,7 @@ class SoloLink:
         self.identity = Identity(1, "localhost", "solo", "127.0.0.1", Timing())
         self._view = View(1, (Member("solo", "localhost", "127.0.0.1", 0, (Worker(1, 0),)),))
         self._generation: Generation | None = None
-        self.step = 0
+        self.pulse = Pulse()
 
     def ready(self, device: torch.device) -> None:
         """Connect the group of one."""

@@ -6,6 +6,7 @@ nothing. On CUDA the live state is on the device and `seal` copies it to the pin
 side stream, while the next forward and backward run."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -88,6 +89,10 @@ class ShardState:
 
     def seal(self) -> None:
         """Make sure that the newest step is committed in host memory."""
+
+    def beside(self) -> AbstractContextManager[object]:
+        """What a thread enters to read the newest step, and to seal it, beside the main one."""
+        return nullcontext()
 
     def publish(
         self,
@@ -176,6 +181,11 @@ class DeviceState(ShardState):
             copied = torch.cuda.Event()
             copied.record(self._stream)
         self._copied = (copied, lambda: self._publish(half, owned, generation, scalars, losses))
+
+    def beside(self) -> AbstractContextManager[object]:
+        # All that the main thread has enqueued so far, the update included, comes before.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return torch.cuda.stream(self._stream)  # type: ignore[no-any-return]
 
     def seal(self) -> None:
         if self._copied is not None:
