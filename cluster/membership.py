@@ -3,7 +3,8 @@
 Every agent tells every other what it is (`describe`). The lowest member that is not suspect
 compares what the members say of themselves with the view; where they differ it proposes the next
 view (see `agreement`). A worker's death, its return, a node's loss and a newcomer are thus one
-mechanism. Generation 1 is the founder's word; every later one is agreed by the one before.
+mechanism, and a spare takes a lost member's seat in the very view that is without that member.
+Generation 1 is the founder's word; every later one is agreed by the one before.
 
 Invariants: views are installed in rising generations; this agent votes only for the generation
 after its view, and only members of that view are heard about it; whoever speaks of an older
@@ -19,7 +20,7 @@ from outlast.cluster.agreement import NONE, Agreement, Letter
 from outlast.cluster.detector import Detector, Patience
 from outlast.cluster.errors import Misuse
 from outlast.cluster.founding import Founding
-from outlast.cluster.roster import LOST_MAX, Address, Peer, Roster
+from outlast.cluster.roster import LOST_MAX, Address, Peer, Roster, Seats
 from outlast.cluster.timing import Timing
 from outlast.cluster.view import Member, View, field
 
@@ -30,18 +31,16 @@ KINDS = frozenset({"describe", "beat", "view", "leave", *VOTES})
 
 
 class Membership:
-    """The control plane's decisions of agent `me`; `nodes` are the fewest and the most members."""
+    """The control plane's decisions of agent `me` in a job with these `seats`."""
 
-    def __init__(
-        self, me: Member, timing: Timing, nodes: tuple[int, int], *, founder: bool
-    ) -> None:
+    def __init__(self, me: Member, timing: Timing, seats: Seats, *, founder: bool) -> None:
         self.timing = timing
         self.view: View | None = None
         self.generation = 0  # of the view
         self.founder = ""  # the agent that formed generation 1: views of another are void
         self.proposer = ""
         self.roster = Roster(me)
-        self.founding = Founding(timing, nodes, founder=founder)
+        self.founding = Founding(timing, seats, founder=founder)
         self.detector = Detector(timing)
         self.agreement: Agreement | None = None  # while in the view
         self.over = False
@@ -192,7 +191,7 @@ class Membership:
     def _propose(self, agreement: Agreement, now: float) -> bool:
         """Whether anything was sent; the rest of the view need not wait for more."""
         view, suspects = agreement.view, self.detector.suspects
-        agreement.wanted = self.roster.wanted(view, suspects, self.founding.nodes_max)
+        agreement.wanted = self.roster.wanted(view, suspects, self.founding.seats)
         differs = [m.shape() for m in agreement.wanted] != [m.shape() for m in view.members]
         if differs and self._changed is None:
             self._changed = now

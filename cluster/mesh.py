@@ -19,7 +19,7 @@ from outlast.cluster.failpoint import reach
 from outlast.cluster.link import ITSELF
 from outlast.cluster.links import Links
 from outlast.cluster.membership import KINDS, VOTES, Membership
-from outlast.cluster.roster import Address
+from outlast.cluster.roster import Address, Seats
 from outlast.cluster.timing import Timing
 from outlast.cluster.view import Member, View, field
 
@@ -35,6 +35,7 @@ class Job:
     endpoints: tuple[Address, ...]
     min_nodes: int
     max_nodes: int
+    spares: int = 0
 
     def __post_init__(self) -> None:
         if not self.endpoints:
@@ -76,7 +77,8 @@ class Mesh:
         self.callbacks = callbacks
         self.refused = callbacks.on_refused
         self._links = Links(me.agent, job.job_id, job.key, timing, self)
-        self._machine = Membership(me, timing, (job.min_nodes, job.max_nodes), founder=False)
+        seats = Seats(job.min_nodes, job.max_nodes, job.spares)
+        self._machine = Membership(me, timing, seats, founder=False)
         self._events: deque[ev.Event] = deque()
         self._endpoints = Endpoints(job.endpoints, timing)
         self._busy = False

@@ -4,8 +4,8 @@ Nothing here is agreed; it is the local knowledge from which a proposer makes th
 size is bounded by the links, the view, and `LOST_MAX`.
 """
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from outlast.cluster.view import Member, View
@@ -13,6 +13,33 @@ from outlast.cluster.view import Member, View
 LOST_MAX = 64
 
 Address = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Seats:
+    """How many members train, at least and at most, and how many more wait as spares."""
+
+    least: int
+    most: int
+    spares: int = 0
+
+    @property
+    def all(self) -> int:
+        """Members of a full view."""
+        return self.most + self.spares
+
+    def taken(self, there: Iterable[Member]) -> tuple[Member, ...]:
+        """Who sits where: members that train keep their order, spares that are ready take free
+        seats behind them. A member that gave all its workers up has left its seat."""
+        members = tuple(there)
+        serving = [m for m in members if not m.spare and (m.workers or not m.finished)]
+        ready = [m for m in members if m.spare and m.workers]
+        promoted = ready[: max(0, self.most - len(serving))]
+        return (
+            *(m for m in members if not m.spare),
+            *(replace(m, spare=False) for m in promoted),
+            *(m for m in members if m.spare and m not in promoted),
+        )
 
 
 @dataclass(slots=True)
@@ -54,25 +81,27 @@ class Roster:
         peer = self.peers.get(agent)
         return peer is not None and peer.member is not None and peer.member.finished
 
-    def wanted(self, view: View, suspects: Collection[str], room: int) -> tuple[Member, ...]:
-        """The members as they should be, at most `room`: those not lost, as they describe
-        themselves, then those that want in. A complete job's members stay as they are: some of
-        its workers are gone and would never connect again."""
+    def wanted(self, view: View, suspects: Collection[str], seats: Seats) -> tuple[Member, ...]:
+        """The members as they should be: those not lost, as they describe themselves, then those
+        that want in. A complete job's members stay as they are: some of its workers are gone and
+        would never connect again."""
         if any(self._latest(member).complete for member in view.members):
             return view.members
         kept = [
-            self._latest(member)
+            replace(self._latest(member), spare=member.spare)
             for member in view.members
             if member.agent not in suspects or self.finished(member.agent)
         ]
         asking = [
             m for m in self._there() if m.agent not in view.agents and self.peers[m.agent].wants
         ]
-        return (*kept, *asking[: max(0, room - len(kept))])
+        coming = asking[: max(0, seats.all - len(kept))]
+        return seats.taken((*kept, *(replace(member, spare=True) for member in coming)))
 
-    def first(self, room: int) -> tuple[Member, ...]:
-        """This agent and all who are there, at most `room`."""
-        return (self.me, *self._there())[:room]
+    def first(self, seats: Seats) -> tuple[Member, ...]:
+        """This agent and all who are there, as many as find a seat."""
+        there = (self.me, *self._there())[: seats.all]
+        return seats.taken(replace(member, spare=True) for member in there)
 
     def enter(self, before: View | None, view: View) -> None:
         """A view was learnt: forget whom it does not need, remember where the lost were."""

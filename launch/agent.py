@@ -28,6 +28,7 @@ from outlast.launch.link import Message
 from outlast.launch.metrics_log import MetricsLog
 from outlast.launch.plain_job import PlainJob
 from outlast.launch.progress import Progress
+from outlast.launch.spare import Spare
 from outlast.launch.task import watched
 from outlast.launch.topology import rack_of
 from outlast.launch.torch_environment import restart_round
@@ -64,9 +65,9 @@ class Agent:
         me = Member(self.agent, self.node, host, 0, self.crew.workers(), rack=rack)
         job = Job(
             job_id=config.job, key=key, endpoints=endpoints,
-            min_nodes=config.min_nodes, max_nodes=config.max_nodes,
+            min_nodes=config.min_nodes, max_nodes=config.max_nodes, spares=config.spares,
         )  # fmt: skip
-        self.ending = Ending(self)
+        self.ending, self.spare = Ending(self), Spare(self)
         self.mesh = Mesh(job, me, self.timing, self._callbacks())
         self.restarts = 0
         self.running: View | None = None  # of an elastic job that we are not in yet
@@ -76,7 +77,7 @@ class Agent:
         return Callbacks(
             on_install=self._install,
             on_running=self._join,
-            on_described=self.ending.described,
+            on_described=self.spare.described,
             on_message=self._hear,
             on_suspect=self._suspect,
             on_refused=lambda cause: self.event("refused_peer", cause=cause),
@@ -125,6 +126,12 @@ class Agent:
         members = self.view.members if self.view else ()
         return any(self.mesh.members.get(m.agent, m).elastic for m in members)
 
+    @property
+    def spare(self) -> bool:
+        """Whether this node waits for another's place."""
+        seat = self.view.member(self.agent) if self.view else None
+        return seat is not None and seat.spare
+
     def event(self, name: str, **fields: Any) -> None:
         """Write to the event log."""
         self.events.write(name, fields)
@@ -153,13 +160,15 @@ class Agent:
         if self.outcome.done():
             return
         settled = self.crew.settled
-        ended_well = any(slot.done for slot in self.crew.slots)
+        ended_well = any(slot.done for slot in self.crew.slots) and not self.spare.waits
         if ended_well and (settled or self.elastic) and not self.ending.succeeded:
             self.mesh.broadcast({"kind": "done"})
             self.ending.succeed()
+        # A spare is ready when all its workers are.
+        workers = self.crew.workers() if self.crew.complete or not self.spare else ()
         me = replace(
             self.mesh.me, restarts=self.restarts, finished=settled, complete=self.ending.complete,
-            workers=self.mesh.me.workers if self.ending.complete else self.crew.workers(),
+            workers=self.mesh.me.workers if self.ending.complete else self.spare.workers,
             elastic=self.crew.ever_attached,
             memories=memories_of_use(self.crew, self.config.max_restarts),
         )  # fmt: skip
@@ -186,8 +195,8 @@ class Agent:
             if respawn:
                 slot = self.crew.slots[worker.local_rank]
                 pause_s = slot.pause_s(self.timing.heartbeat_s) if view.workers else 0.0
-                asyncio.get_running_loop().call_later(pause_s, self._refill, slot, view)
-            elif code > 0 or self.view is None:
+                asyncio.get_running_loop().call_later(pause_s, self._refill, slot, view, worker)
+            elif (code > 0 and not self.spare.waits) or self.view is None:
                 self.fail(text)
             else:
                 self.describe()
@@ -199,37 +208,54 @@ class Agent:
         else:
             self.fail(text)
 
-    def _refill(self, slot: Slot, view: View) -> None:
-        if not (self.outcome.done() or slot.closed):
+    def _refill(self, slot: Slot, view: View, dead: WorkerProcess) -> None:
+        if slot.process is dead and not (self.outcome.done() or slot.closed):
             self.crew.spawn(slot, self.view or view, self.mesh.me)
 
     def _install(self, view: View, detected: float, agreed: float, proposer: str) -> None:
         if self.outcome.done():
             return
-        first, self.view, self.running = self.view is None, view, None
+        first, waited = self.view is None, self.spare.waits
+        self.view, self.running = view, None
         self.times = {"detected": detected, "agreed": agreed}
         tell_ranks(self.crew, view)
         self.desk.relay.install(view.generation)
         for worker in self.crew.attached:
             self.desk.show_view(worker)
-        members = [{"node": m.node, "agent": m.agent, "workers": [w.holder for w in m.workers]}
+        members = [{"node": m.node, "agent": m.agent, "spare": m.spare,
+                    "workers": [] if m.spare else [w.holder for w in m.workers]}
                    for m in view.members]  # fmt: skip
         self.event("view", generation=view.generation, members=members, proposer=proposer,
                    **self.times)  # fmt: skip
         if first and view.generation > 1:
             self.event("joined", generation=view.generation)
+        if waited and not self.spare.waits:
+            self.event("spare_promoted", generation=view.generation)
         self.progress.install(view, detected, agreed)
         if self.progress.hosts_rank_0:
             self.metrics.founding |= view.generation == 1
             self.metrics.write()
-        if self.elastic:
-            if self.crew.started:
-                self.crew.refill(view, self.mesh.me)
-            else:
-                self.crew.start(view, self.mesh.me)
-        else:
+        if self.spare.waits:
+            self.spare.follow(view)
+        elif not self.elastic:
             self._plain.follow(view)
+        elif self.crew.started:
+            self.crew.refill(view, self.mesh.me)
+        else:
+            self.crew.start(view, self.mesh.me)
         self.ending.check()
+
+    def _described(self, member: Member) -> None:
+        self.ending.described(member)
+        if self.spare and self.view is not None:
+            self._warm_up(self.view)
+
+    def _warm_up(self, view: View) -> None:
+        """Start a spare's workers, once it is known that they will wait for a place: those of a
+        plain job would train."""
+        if self.elastic and not (self.crew.started or self.ending.complete or self.outcome.done()):
+            self.crew.start(view, self.mesh.me, member=False)
+            self.describe()
 
     def _join(self, view: View) -> None:
         """A job runs without us. An elastic one is joined when our workers are ready."""
@@ -239,9 +265,7 @@ class Agent:
             self.mesh.request_join()
             return
         self.running = view
-        for slot in self.crew.slots:
-            slot.member = False
-        self.crew.start(view, self.mesh.me)
+        self.crew.start(view, self.mesh.me, member=False)
 
     def _hear(self, agent: str, message: Message) -> None:
         kind = message.get("kind")

@@ -25,6 +25,7 @@ from outlast.launch.worker_process import WorkerOrder, WorkerProcess, exit_text
 
 if TYPE_CHECKING:
     from outlast.launch.ending import Ending
+    from outlast.launch.spare import Spare
 
 # A worker that was killed is the machine's fault and not the script's: it comes back also without
 # --max-restarts, so often. A script that is killed for what it does (memory) stops some day.
@@ -39,6 +40,7 @@ class CrewOwner(Protocol):
     """The agent, as its crew sees it."""
 
     ending: "Ending"
+    spare: "Spare"
 
     @property
     def elastic(self) -> bool:
@@ -47,6 +49,10 @@ class CrewOwner(Protocol):
     @property
     def view(self) -> View | None:
         """The view installed last."""
+
+    @property
+    def spare(self) -> bool:
+        """Whether this node waits for another's place."""
 
     def said(self, worker: WorkerProcess, message: Message) -> None:
         """A worker's message."""
@@ -117,11 +123,13 @@ class Crew:
         """Nothing more comes from here: every slot ended well or was given up."""
         return all(slot.done or slot.closed for slot in self.slots)
 
-    def start(self, view: View, me: Member) -> None:
-        """Fill every slot with a fresh process for this view, or for the next one with us in it."""
+    def start(self, view: View, me: Member, *, member: bool = True) -> None:
+        """Fill every slot with a fresh process; member: of the data plane at once, not only when it
+        is ready."""
         self.started = True
         for slot in self.slots:
             slot.done = slot.closed = False
+            slot.member = member
             self.spawn(slot, view, me)
 
     def spawn(self, slot: Slot, view: View, me: Member) -> None:
@@ -189,7 +197,7 @@ class Crew:
         slot.member = False
         reach("detect", lost=worker.holder)
         generation = view.generation if view else 0
-        if worker.ready:
+        if worker.ready and not self.owner.spare.waits:
             self.memory.keep(worker.holder, generation)
         else:
             self.memory.forget(worker.holder)
@@ -279,10 +287,13 @@ def memories_of_use(crew: Crew, max_restarts: int) -> int:
 
 
 def dismiss(crew: Crew) -> None:
-    """The job is complete: who is not in the data plane by now is not needed any more."""
+    """The job is complete: who is not in the data plane by now is not needed any more. Workers of a
+    spare that are ready end by themselves."""
     for slot in crew.slots:
         worker = slot.process
-        if worker is not None and not slot.member and not slot.done:
+        if worker is None:
+            slot.closed = True
+        elif not slot.member and not slot.done:
             slot.closed = worker.expected = True
             worker.signal(signal.SIGTERM)
 

@@ -52,7 +52,9 @@ class Ending:
         agent = self._agent
         if agent.view is None or agent.outcome.done() or not agent.crew.settled:
             return
-        others = [m for m in agent.view.members if m.agent != agent.agent]
+        # Spares of a plain job have nothing to end: they hear of it.
+        present = agent.view.members if agent.elastic else agent.view.active
+        others = [m for m in present if m.agent != agent.agent]
         if all(agent.mesh.members.get(m.agent, m).finished for m in others):
             if self.succeeded:
                 agent.end(Outcome(0), broadcast=True)

@@ -28,7 +28,7 @@ class PlainJob:
 
     def follow(self, view: View) -> None:
         """Restart the workers if the view asks for it; the first view starts them."""
-        members = tuple((member.agent, len(member.workers)) for member in view.members)
+        members = tuple((member.agent, len(member.workers)) for member in view.active)
         wanted = (restart_round(view), members)
         if wanted != self._round:
             self._round = wanted
@@ -43,11 +43,11 @@ class PlainJob:
             view = agent.view
             if view is None or started != self._round:
                 continue
-            if len(view.members) < agent.config.min_nodes:
+            if len(view.active) < agent.config.min_nodes:
                 await self._wait_for_nodes(view)
                 continue
             port = master_port(view, agent.config.job)
-            if view.members[0].agent == agent.agent and not is_free(port):
+            if view.active[0].agent == agent.agent and not is_free(port):
                 agent.restarts = restart_round(view) + 1  # a new round has another port
             else:
                 agent.crew.start(view, agent.mesh.me)
@@ -57,7 +57,7 @@ class PlainJob:
         """Too few nodes: nobody runs until one comes back."""
         agent = self._agent
         wait_s = 0 if agent.config.standalone else agent.timing.join_s
-        few = f"{len(view.members)} of at least {agent.config.min_nodes} nodes are left"
+        few = f"{len(view.active)} of at least {agent.config.min_nodes} nodes are left"
         agent.progress.say(f"{few}; waits {wait_s:.0f} s for more")
         deadline = time.monotonic() + wait_s
         while agent.view is view and time.monotonic() < deadline:

@@ -37,7 +37,9 @@ class Progress:
     def install(self, view: View, detected: float, agreed: float) -> None:
         """A new generation."""
         before, self._view = self._view, view
-        size = f"{_count(len(view.members), 'node')}, {_count(len(view.workers), 'worker')}"
+        size = f"{_count(len(view.active), 'node')}, {_count(len(view.workers), 'worker')}"
+        if spares := len(view.members) - len(view.active):
+            size += f", {_count(spares, 'spare')}"
         if before is None and view.generation == 1:
             self.say(f"job {self._job}: {size}; logs in {self._log_dir}")
         elif before is not None:
@@ -66,7 +68,11 @@ class Progress:
         for member in before.members:
             now = view.member(member.agent)
             if now is None:
-                texts.append(f"lost {member.node} ({self.causes.get(member.agent, 'gone')})")
+                what = f"spare {member.node}" if member.spare else member.node
+                texts.append(f"lost {what} ({self.causes.get(member.agent, 'gone')})")
+                continue
+            if now.spare or member.spare:  # whose workers come and go unnoticed
+                texts += [] if now.spare else [f"spare {member.node} takes a place"]
                 continue
             holders = {worker.holder for worker in now.workers}
             gone = [w for w in member.workers if w.holder not in holders]
@@ -76,8 +82,9 @@ class Progress:
             texts += [f"worker {w.local_rank} of {member.node} is back" for w in back]
             if now.restarts > member.restarts:
                 texts.append(f"restart {now.restarts} asked by {member.node}")
-        fresh = [member.node for member in view.members if before.member(member.agent) is None]
-        return ", ".join(texts + [f"{node} joined" for node in fresh])
+        fresh = [member for member in view.members if before.member(member.agent) is None]
+        texts += [f"{m.node} joined" + (" as a spare" if m.spare else "") for m in fresh]
+        return ", ".join(texts)
 
 
 def _count(number: int, noun: str) -> str:

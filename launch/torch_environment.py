@@ -34,7 +34,7 @@ def restart_round(view: View) -> int:
 
 def master_port(view: View, job: str) -> int:
     """The rendezvous port of this round on the first member's host."""
-    agents = ",".join(member.agent for member in view.members)
+    agents = ",".join(member.agent for member in view.active)
     text = f"{job}/{restart_round(view)}/{agents}".encode()
     return PORTS[int.from_bytes(hashlib.sha256(text).digest()[:8], "big") % len(PORTS)]
 
@@ -42,11 +42,11 @@ def master_port(view: View, job: str) -> int:
 def torch_environment(
     view: View, me: Member, local_rank: int, config: LaunchConfig, inherited: Mapping[str, str]
 ) -> dict[str, str]:
-    """The variables of one worker; a member that is not in the view yet counts as its last.
+    """The variables of one worker; a member that is no active one yet counts as the last.
 
     The view decides ranks, `inherited` only what is not overridden (OMP_NUM_THREADS, NCCL flags).
     """
-    known = [me if member.agent == me.agent else member for member in view.members]
+    known = [me if member.agent == me.agent else member for member in view.active]
     members = known if any(member.agent == me.agent for member in known) else [*known, me]
     sizes = [max(len(member.workers), config.nproc_per_node if member is me else 0)
              for member in members]  # fmt: skip

@@ -71,9 +71,7 @@ class WorkerDesk:
     def _ready(self, worker: WorkerProcess, message: Message) -> None:
         agent = self._agent
         agent.crew.ready(worker)
-        holders = {other.holder for _, other in agent.view.workers} if agent.view else set()
-        if worker.holder in holders:
-            self.show_view(worker)
+        self.show_view(worker)  # also one without it: then it knows that it has to wait
 
     def _allocate(self, worker: WorkerProcess, message: Message) -> None:
         size = field(message, "size", int, 0, SIZE_MAX)

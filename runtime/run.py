@@ -155,7 +155,8 @@ class Run:
         try:
             recovery.join(self._training, self._fingerprint)
         except JobComplete as complete:
-            raise SystemExit(0) from complete  # we came too late: nothing is left to do
+            self.close()
+            raise SystemExit(0) from complete  # a spare or a latecomer: nothing is left to do
         return flat.module
 
     def steps(self, count: int) -> Iterator["Step"]:

@@ -13,6 +13,7 @@ from outlast.cluster import event as ev
 from outlast.cluster import membership
 from outlast.cluster.agreement import Agreement, Ballot, Letter, Value
 from outlast.cluster.membership import Membership
+from outlast.cluster.roster import Seats
 from outlast.cluster.timing import Timing
 from outlast.cluster.view import Member, View, Worker
 
@@ -80,12 +81,12 @@ class Watched(Agreement):
 class Network:
     """Machines by agent name, and what is under way between them."""
 
-    def __init__(self, seed: int, names: str, *, nodes: tuple[int, int] | None = None) -> None:
+    def __init__(self, seed: int, names: str, *, seats: Seats | None = None) -> None:
         self.random = Random(seed)
         self.checker = Watched.checker = Checker()
         membership.Agreement = Watched  # type: ignore[misc]
         self.now = 0.0
-        self.nodes = nodes or (len(names), len(names))
+        self.seats = seats or Seats(len(names), len(names))
         self.machines: dict[str, Membership] = {}
         self.links: dict[tuple[str, str], deque[dict[str, Any]]] = {}
         self.dead: set[str] = set()
@@ -96,7 +97,7 @@ class Network:
 
     def start(self, name: str, *, founder: bool = False) -> None:
         """A new agent, told to found when it may."""
-        machine = Membership(member(name), TIMING, self.nodes, founder=founder)
+        machine = Membership(member(name), TIMING, self.seats, founder=founder)
         self.machines[name] = machine
         self.feed(name, ev.Asked(self.now))
 

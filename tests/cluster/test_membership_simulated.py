@@ -8,6 +8,7 @@ from simulated_network import Network, member
 
 from outlast.cluster import event as ev
 from outlast.cluster.agreement import Agreement
+from outlast.cluster.roster import Seats
 from outlast.cluster.view import View
 
 SEEDS = range(120)
@@ -47,7 +48,7 @@ def storm(network: Network, steps: int, deaths: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_storm_never_makes_two_views(seed: int) -> None:
-    network = Network(seed, "abcde", nodes=(3, 7))
+    network = Network(seed, "abcde", seats=Seats(3, 7))
     network.settle(55 if seed % 3 else 0)  # every third storm breaks out before the founding
     storm(network, 400, deaths=2)
     assert network.checker.installs or not seed % 3

@@ -1,12 +1,13 @@
 """The machine says today what it said when its transcripts were read and found right.
 
-A transcript is a text file: `agent NAME founder|follower MIN MAX`, then events (`> ...`), each
-followed by the actions it causes (`< ...`). Members are named by letters. To write the actions
-anew after a deliberate change: `python tests/cluster/test_membership_transcripts.py`, then read
-the difference.
+A transcript is a text file: `agent NAME founder|follower MIN MAX [SPARES]`, then events (`> ...`),
+each followed by the actions it causes (`< ...`). Members are named by letters, `name*workers` if
+those are not one, spares in brackets. To write the actions anew after a deliberate change:
+`python tests/cluster/test_membership_transcripts.py`, then read the difference.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from simulated_network import TIMING, member
 
 from outlast.cluster import event as ev
 from outlast.cluster.membership import Membership
+from outlast.cluster.roster import Seats
 from outlast.cluster.view import Member, View
 
 FOLDER = Path(__file__).parent / "transcripts"
@@ -36,16 +38,17 @@ def expanded(data: object) -> object:
 
 
 def described(text: str) -> Member:
-    """A member from `name` or `name*workers`."""
-    name, _, workers = text.partition("*")
-    return member(name, workers=int(workers or 1))
+    """A member from `name`, `name*workers` or either in brackets."""
+    name, _, workers = text.strip("()").partition("*")
+    return replace(member(name, workers=int(workers or 1)), spare=text.startswith("("))
 
 
 def shortened(data: object) -> object:
     """The inverse of `expanded`."""
     if isinstance(data, dict) and "agent" in data and "workers" in data:
         count = len(data["workers"])
-        return data["agent"] if count == 1 else f"{data['agent']}*{count}"
+        text = data["agent"] if count == 1 else f"{data['agent']}*{count}"
+        return f"({text})" if data["spare"] else text
     if isinstance(data, dict):
         return {key: shortened(value) for key, value in data.items()}
     if isinstance(data, list):
@@ -109,9 +112,9 @@ def replayed(text: str) -> str:
     for line in lines:
         out.append(line)
         if line.startswith("agent "):
-            _, name, role, low, high = line.split()
-            nodes = (int(low), int(high))
-            machine = Membership(member(name), TIMING, nodes, founder=role == "founder")
+            _, name, role, *counts = line.split()
+            seats = Seats(*map(int, counts))
+            machine = Membership(member(name), TIMING, seats, founder=role == "founder")
         elif line.startswith(">"):
             assert machine is not None
             out += [f"< {written(action)}" for action in machine.on(event(line[2:]))]

@@ -87,8 +87,10 @@ class FakeWorker:
                     self.say("release", generation=self.generation)
 
     def install(self, view: dict[str, Any]) -> None:
+        holders = [w["holder"] for m in view["members"] if not m["spare"] for w in m["workers"]]
+        if self.holder not in holders:
+            return
         self.generation = view["generation"]
-        holders = [w["holder"] for m in view["members"] for w in m["workers"]]
         self.size = len(holders)
         self.say("event", event="fake_view", generation=self.generation, holders=holders)
         value = base64.b64encode(b"address").decode()
