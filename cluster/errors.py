@@ -2,8 +2,8 @@
 
 Three families, told apart by who can act on them: `PeerLost` and `GenerationChanged` are expected
 and handled inside the runtime; `Corrupt` and `StateLost` are about bytes that cannot be trusted or
-no longer exist; `Misuse` is for the person who wrote the script or the command line, and its text
-says what to do next.
+no longer exist, `Diverged` about numbers that cannot; `Misuse` is for the person who wrote the
+script or the command line, and its text says what to do next.
 """
 
 
@@ -29,6 +29,10 @@ class Corrupt(OutlastError):
 
 class StateLost(OutlastError):
     """No rung of the recovery ladder can rebuild the state; names what is missing."""
+
+
+class Diverged(OutlastError):
+    """The model's own numbers are no longer finite, or nobody can tell which are right."""
 
 
 class Misuse(OutlastError):

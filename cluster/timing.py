@@ -59,6 +59,11 @@ class Timing:
     poll_s = Beats(0.04)
     # A collective among peers that are all called alive: longer than any silence.
     collective_s = Beats(80)
+    # How long ranks wait for one that computes before it may be called hung: longer than a pause of
+    # a collector, a loader or a page-in; a leaf that always takes long gets more, see `standstill`.
+    stall_s = Beats(20)
+    # The longest they wait: with two beats until an agent knows, less than `collective_s`.
+    stalled_s = Beats(70)
     # From SIGTERM to SIGKILL for a worker; schedulers commonly give 30 s in all.
     grace_s = Beats(50)
 

@@ -1,0 +1,172 @@
+"""Keeps wrong gradients out of the state: has leaves computed again, and acts on the verdict.
+
+`poison` judges; this is what a rank does about it. A leaf that is to be computed again is one more
+duty of the script's loop over batches. Nothing of a step is committed before its verdict is clear.
+The guilty rank leaves: its agent ends the process and does not fill its place again, and the others
+go on in the next generation with the leaves they have. Where that would lose state, and where the
+operator wants no eviction, only its leaves of this step are given to others.
+
+What is looked at is the gradient of a leaf, before it leaves the rank that computed it: a fault in
+a sum or in the optimizer is not found here.
+"""
+
+import time
+from collections.abc import Sequence
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, linalg
+
+from outlast.checkpoint.memory import checksum
+from outlast.cluster.errors import Diverged, PeerLost
+from outlast.runtime.leaf_tree import covered
+from outlast.runtime.poison import Testimony, Verdict, judge
+
+if TYPE_CHECKING:
+    from outlast.runtime.training import Training
+
+
+class Jury:
+    """One rank's part in judging the steps of `training`."""
+
+    def __init__(self, training: "Training") -> None:
+        self._training = training
+        self.duties: list[int] = []  # leaves to be computed again here, beside our own
+
+    def deal(self) -> None:
+        """The leaves of the step in flight were dealt: every so many steps one is checked by a
+        second rank, the one with the least to do."""
+        training, self.duties = self._training, []
+        leaf, weights = self._checked(), training.membership.weights
+        mine = training.membership.generation.communicator.rank
+        if leaf is None:
+            return
+        load = {
+            rank: (len(covered(nodes)) + 1) / weights[rank]
+            for rank, nodes in enumerate(training.nodes)
+            if weights[rank] > 0 and leaf not in covered(nodes)
+        }
+        turn = training.committed // training.settings.spot_check
+        first = min(load, key=lambda r: (load[r], (r - turn) % len(weights)), default=None)
+        if mine == first and leaf not in training.stack.found:
+            self.duties = [leaf]
+
+    def _checked(self) -> int | None:
+        """The leaf of the step in flight that two ranks compute, by turns."""
+        settings, step = self._training.settings, self._training.committed
+        if not settings.spot_check or step % settings.spot_check:
+            return None
+        return step // settings.spot_check % settings.leaves
+
+    def testify(self, leaf: int, gradient: Tensor) -> None:
+        """Note what this rank has found for a leaf: float32 [numel]."""
+        digest = None
+        if leaf in self.duties or leaf == self._checked():
+            digest = checksum(gradient.detach().cpu().numpy())
+        self._training.stack.found[leaf] = (float(linalg.vector_norm(gradient)), digest)
+
+    def clear(self, heads: Sequence[dict[str, Any]], norm: float) -> bool:
+        """Whether the step may be committed; if not, there are leaves to compute first.
+
+        Args:
+            heads: what each rank said with its gradient, in rank order.
+            norm: of the whole gradient.
+        Raises:
+            Diverged: the leaves themselves are not finite, or it cannot be found out who is wrong.
+            GenerationChanged: the guilty rank is out, this rank goes on without it.
+        """
+        training = self._training
+        found = [
+            Testimony(rank, *fields) for rank, head in enumerate(heads) for fields in head["found"]
+        ]
+        weights = training.membership.weights
+        verdict = judge(found, [rank for rank, weight in enumerate(weights) if weight > 0])
+        self.duties = []
+        if verdict.guilty:
+            self._act(verdict.guilty)
+            return False
+        rank = training.membership.generation.communicator.rank
+        if verdict.diverged or verdict.undecided or not (verdict.again or isfinite(norm)):
+            if rank == 0:
+                training.link.send(kind="event", event="diverged", step=training.committed)
+            raise Diverged(self._refusal(verdict, found))
+        self.duties = [leaf for leaf, witness in verdict.again if witness == rank]
+        return not verdict.again
+
+    def _act(self, guilty: Sequence[Testimony]) -> None:
+        """Every rank does the same, only one speaks: the first that is innocent."""
+        training = self._training
+        generation = training.membership.generation
+        nodes = generation.nodes
+        rank = generation.communicator.rank
+        ranks = {testimony.rank for testimony in guilty}
+        out = min(ranks)  # one at a time: the redundancy is whole again before the next
+        evict = training.link.identity.evict_poison and self._can_spare(out)
+        if rank == next((r for r in range(len(nodes)) if r not in ranks), 0):
+            for found in guilty:
+                if not evict or found.rank == out:
+                    training.link.send(
+                        kind="event", event="poisoned", step=training.committed, rank=found.rank,
+                        node=nodes[found.rank][1], leaf=found.leaf, how=found.how,
+                        action="evicted" if evict else "replaced",
+                    )  # fmt: skip
+            if evict:
+                number = generation.view.generation
+                training.link.send(kind="condemn", holder=nodes[out][0], generation=number)
+        if evict:
+            self._await_eviction()
+        self._replace(guilty)
+
+    def _can_spare(self, rank: int) -> bool:
+        """Whether the state survives the loss of this rank."""
+        training, generation = self._training, self._training.membership.generation
+        nodes = [member.agent for member, _ in generation.view.workers]
+        sibling = nodes.count(nodes[rank]) > 1  # reads its memory
+        safe = training.ladder.replicated or bool(training.settings.parity) or sibling
+        return len(nodes) > 1 and safe
+
+    def _await_eviction(self) -> None:
+        timing = self._training.link.identity.timing
+        deadline = time.monotonic() + timing.collective_s
+        while time.monotonic() < deadline:
+            self._training.check()
+            time.sleep(timing.poll_s)
+        raise PeerLost("a rank that computes wrong gradients was not taken out of the job")
+
+    def _replace(self, guilty: Sequence[Testimony]) -> None:
+        """Drop every sum that has a wrong gradient in it; others compute those leaves."""
+        training = self._training
+        wrong = {(found.rank, found.leaf) for found in guilty}
+        kept = {
+            rank: tuple(n for n in nodes if not any((rank, leaf) in wrong for leaf in covered([n])))
+            for rank, nodes in enumerate(training.nodes)
+        }
+        mine = training.membership.generation.communicator.rank
+        for leaf in covered(training.nodes[mine]) - covered(kept[mine]):
+            training.stack.forget(leaf)
+        for rank, leaf in wrong:
+            if rank == mine:
+                training.stack.forget(leaf)
+        training.stack.keep(kept[mine])
+        training.deal_leaves(kept, {found.rank for found in guilty})
+
+    def _refusal(self, verdict: Verdict, found: Sequence[Testimony]) -> str:
+        step = self._training.committed
+        for leaf in (*verdict.diverged, *verdict.undecided):
+            ranks = ", ".join(str(t.rank) for t in found if t.leaf == leaf)
+            if leaf in verdict.diverged:
+                return (
+                    f"step {step}: the gradient of leaf {leaf} is not finite on every rank that "
+                    f"computed it ({ranks}), so the model or its data did it, not a machine. "
+                    "Nothing of this step was committed. Lower the learning rate or the loss "
+                    "scale, clip the gradient, or look at the samples of this leaf"
+                )
+            return (
+                f"step {step}: ranks {ranks} find different gradients for leaf {leaf}, and no "
+                "other rank is left to say who is right. Nothing of this step was committed. Test "
+                "both machines, and use at least 3 ranks to have the wrong one found"
+            )
+        return (
+            f"step {step}: every leaf is finite, but their sum is not: the model diverged, or a "
+            "rank adds wrong. Nothing of this step was committed. Lower the learning rate or clip"
+        )
