@@ -25,7 +25,7 @@ from outlast.cluster.errors import Misuse
 Bytes = NDArray[np.uint8]
 Combine = Callable[[Rows, Sequence[Bytes], Sequence[Bytes]], None]
 
-_BLOCK = 128 << 10  # of numpy: an output and its scratch stay in the cache
+_BLOCK = 256 << 10  # of numpy: an output and its scratch stay in the cache
 _CALL_MAX = 1 << 30  # ISA-L counts bytes in an int
 _TABLE_BYTES = 32  # per coefficient; some versions write only 8
 _ANSWER = 0x57D65B11E25EE3D8

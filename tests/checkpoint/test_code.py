@@ -138,7 +138,7 @@ def test_planted_matrix_without_the_property_is_seen(monkeypatch: pytest.MonkeyP
     field.decoding_rows.cache_clear()
 
 
-@pytest.mark.parametrize("size", [1, 63, 4097, (128 << 10) + 5])
+@pytest.mark.parametrize("size", [1, 63, 4097, (256 << 10) + 5])
 def test_all_backends_give_the_same_bytes(size: int) -> None:
     rng = np.random.default_rng(size)
     data = [rng.integers(0, 256, size, np.uint8) for _ in range(9)]
