@@ -21,6 +21,7 @@ from torch import Tensor
 from outlast.checkpoint.code import Code
 from outlast.layout.stripe import ALIGN, Piece, Stripe
 from outlast.runtime.collectives import Communicator, Pending
+from outlast.runtime.device_code import DeviceCode
 
 CHUNK = 4 << 20  # bytes of a unit in a round
 
@@ -213,11 +214,11 @@ class ParityStream:
         for unit in self._encoded:
             stripe, first = unit.stripe, self._part(home, unit, index)
             inputs = [next(data) for _ in stripe.data]
+            if inputs[0].device != first.device:
+                first = torch.empty_like(first, device=inputs[0].device)
             rows = [first, *(next(others) for _ in stripe.parity[1:])]
             if first.numel():
-                Code(len(inputs), len(rows)).encode(
-                    [part.numpy() for part in inputs], [row.numpy() for row in rows]
-                )
+                _encode(inputs, rows)
             found.append(first)
         return found
 
@@ -235,6 +236,15 @@ class ParityStream:
             size = sum(count for _, count in slots)
             self._buffers[name] = torch.empty(size, dtype=torch.uint8, device=device)
         return self._buffers[name]
+
+
+def _encode(inputs: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+    """Where they are: from a device only parity comes down."""
+    if rows[0].is_cuda:
+        DeviceCode(len(inputs), len(rows)).encode(inputs, rows)
+    else:
+        data, parity = ([unit.numpy() for unit in units] for units in (inputs, rows))
+        Code(len(inputs), len(rows)).encode(data, parity)
 
 
 def _bytes(piece: Piece) -> int:

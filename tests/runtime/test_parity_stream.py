@@ -53,7 +53,12 @@ def whole(stripe: Stripe, data: Sequence[torch.Tensor]) -> list[np.ndarray]:
     return rows
 
 
-def check(made: Sequence[Stripe], data: Sequence[torch.Tensor], chunk: int = CHUNK) -> list[int]:
+def check(
+    made: Sequence[Stripe],
+    data: Sequence[torch.Tensor],
+    chunk: int = CHUNK,
+    device: str = "cpu",
+) -> list[int]:
     """Stream once on all ranks and compare every unit; bytes buffered by rank."""
     ranks = {rank: rank for rank in range(len(data))}
 
@@ -61,7 +66,7 @@ def check(made: Sequence[Stripe], data: Sequence[torch.Tensor], chunk: int = CHU
         rounds = ParityStream(made, ranks, side.rank, chunk)
         home = torch.full((rounds.bytes,), 255, dtype=torch.uint8)
         for _ in range(2):  # buffers are used again
-            sums = rounds.run(side, cut(data[side.rank]), home)
+            sums = rounds.run(side, cut(data[side.rank].to(device)), home)
         for unit, digest in zip(rounds.units, sums, strict=True):
             found = home[unit.offset : unit.offset + unit.stripe.length].numpy()
             assert np.array_equal(found, whole(unit.stripe, data)[unit.row])
@@ -69,7 +74,7 @@ def check(made: Sequence[Stripe], data: Sequence[torch.Tensor], chunk: int = CHU
         assert len(rounds.units) == sum(side.rank in stripe.parity for stripe in made)
         return rounds.buffered
 
-    return on_ranks(len(data), work)
+    return on_ranks(len(data), work, device)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +105,14 @@ def test_workers_of_a_node_and_mirrors() -> None:
     for holder, mirror in ((0, 2), (1, 4), (2, 4)):
         made.append(Stripe(len(made), (Piece(holder, 64, 600),), (mirror,), 576))
     check(made, streams(sizes))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="not run: no CUDA device")
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_a_device_makes_the_same_units(m: int) -> None:
+    made = stripes(dict.fromkeys(range(5), 3000), {rank: str(rank) for rank in range(5)}, m)
+    check(made, streams([3000] * 5), device="cuda")
 
 
 def test_planted_chunk_in_the_wrong_place_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

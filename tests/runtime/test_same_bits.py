@@ -88,6 +88,16 @@ def test_a_killed_node_and_then_another_change_nothing(start: Start) -> None:
     assert any("parity" in rung for rung in rungs)
 
 
+def test_two_nodes_at_once_change_nothing_under_two_rows(start: Start) -> None:
+    job = start(5, 1, *SLOW, "--parity", "2")
+    job.wait_for_step(3)
+    job.kill_node("node3")
+    job.kill_node("node4")
+    check_same(job, 3)
+    rungs = [e["rungs"] for e in job.events("recovered") if e["generation"] > 1]
+    assert any("parity" in rung for rung in rungs)
+
+
 def test_two_workers_in_a_row_and_their_return_change_nothing(start: Start) -> None:
     job = start(2, 2, *SLOW, launch=("--max-restarts", "2"))
     job.wait_for_step(1)

@@ -78,11 +78,13 @@ class ThreadGroup:
         return Work(self, output, received)
 
 
-def on_ranks(size: int, work: Callable[[Communicator], Result]) -> list[Result]:
+def on_ranks(
+    size: int, work: Callable[[Communicator], Result], device: str = "cpu"
+) -> list[Result]:
     """Run `work` on `size` ranks at once; their results in rank order."""
     table = Table(size)
     communicators = [
-        Communicator(1, ThreadGroup(table, rank), torch.device("cpu"), Timing(), lambda: None)
+        Communicator(1, ThreadGroup(table, rank), torch.device(device), Timing(), lambda: None)
         for rank in range(size)
     ]
     with ThreadPoolExecutor(size) as pool:
