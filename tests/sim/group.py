@@ -5,7 +5,6 @@ what needs it once they learn of that, and an operation may just as well hang un
 up. A failed operation leaves garbage in its output.
 """
 
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -130,22 +129,31 @@ class Work:
             self._output.copy_(torch.cat(parts))
 
 
-def connector(network: Network) -> Callable[..., Communicator]:
-    """The `connect` of `runtime.collectives` on a simulated network; the rendezvous is real."""
-    groups: list[Group] = []
+class Groups:
+    """`connect` and `shut_down` of `runtime.collectives` on a simulated network."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._groups: list[Group] = []
+        self._of_store: dict[Any, Group] = {}
 
     def connect(
-        store: Any, generation: int, rank: int, size: int, device: Any, host: str, timing: Any
-    ) -> Communicator:
-        world = network.world
-        group = Group(network, world.current, rank, size)
-        groups.append(group)
-        store.set(f"end/{rank}", str(len(groups) - 1).encode())
-        group.peers = [groups[int(store.get(f"end/{peer}"))] for peer in range(size)]
-        world.pause(2 * network.latency_s)
-        if any(peer.closed for peer in group.peers):
+        self, store: Any, generation: int, rank: int, size: int, device: Any, host: str, timing: Any
+    ) -> Communicator:  # fmt: skip
+        """Find the peers through the real rendezvous, then each other."""
+        world = self._network.world
+        group = Group(self._network, world.current, rank, size)
+        self._groups.append(group)
+        self._of_store[store] = group
+        store.set(f"end/{rank}", str(len(self._groups) - 1).encode())
+        group.peers = [self._groups[int(store.get(f"end/{peer}"))] for peer in range(size)]
+        world.pause(2 * self._network.latency_s)
+        if group.closed or any(peer.closed for peer in group.peers):
             group.close()
             raise PeerLost(f"generation {generation} did not connect")
         return Communicator(generation, group, device, timing, group.close)
 
-    return connect
+    def shut_down(self, *stores: Any) -> None:
+        """End the groups of these stores, built or half built."""
+        for group in [self._of_store[s] for s in stores if s in self._of_store]:
+            group.close()

@@ -106,10 +106,21 @@ class Job:
 
     @property
     def over(self) -> bool:
-        """Every agent that lives has nothing more to do."""
-        return not any(process.alive for process in self.agents.values())
+        """Every agent has ended, but for those that came when the job was over."""
+        agents = [p.facts.get("as agent") for p in self.agents.values() if p.alive]
+        if 0 in self.ends.values():
+            return all(agent is None or agent.view is None for agent in agents)
+        return not agents and bool(self.agents) and len(self.agents) == self.shape.nodes
+
+    def born(self, process: Process, agent: Any, *_: object) -> None:
+        """An agent begins, or begins anew after it was evicted."""
+        process.facts["as agent"] = agent
 
     # ---- workers
+
+    def prepared(self, process: Process, training: Any, *_: object) -> None:
+        """A worker has state."""
+        process.facts["training"] = training
 
     def script(self, process: Process, number: int, latch: int) -> None:
         """The life of a worker."""
@@ -118,10 +129,8 @@ class Job:
         def read(index: int) -> None:
             process.facts.setdefault("read", []).append(index)
 
-        process.facts["agent"] = process.facts["agent"]
         link = AgentLink(number, latch)
         run, model = prepare(link, self.shape.task, self.shape.how)
-        process.facts["training"] = run.training
         for step in run.steps(self.shape.task.steps):
             with step:
                 for batch in step.batches(Data(read), batch_size=2):

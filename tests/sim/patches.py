@@ -27,7 +27,7 @@ from outlast.launch.event_log import EventLog
 from outlast.launch.link import Link
 from outlast.runtime import collectives, leaf_stack, shard_state, training
 from sim import processes, threads
-from sim.group import connector
+from sim.group import Groups
 from sim.network import Network
 from sim.world import World
 
@@ -59,6 +59,7 @@ def simulated(
 ) -> Iterator[None]:
     """Run the product on `world`; `reach` is called at every failpoint and every other place
     where a worker can stop."""
+    groups = Groups(network)
     stand_ins = [
         (time, threads.Time(world)),
         (threading, threads.Threading(world)),
@@ -71,15 +72,16 @@ def simulated(
         (EventLog, lambda *who: Log(world, *who)),
         (failpoint.reach, reach),
         (collectives.Graveyard, Graveyard),
-        (collectives.connect, connector(network)),
-        (collectives.shut_down, lambda store: None),
+        (collectives.connect, groups.connect),
+        (collectives.shut_down, groups.shut_down),
+        (worker_process._death_cause, processes.death_cause(world)),
         (plain_job.is_free, lambda port: True),
         (worker_process._state_and_cpu, processes.state_and_cpu(world)),
     ]
     real = {id(thing): stand_in for thing, stand_in in stand_ins}
     with contextlib.ExitStack() as stack:
         for name, module in list(sys.modules.items()):
-            if name.startswith("outlast.") and module is not None:
+            if name.startswith(("outlast.", "concurrent.futures")) and module is not None:
                 for key, value in list(vars(module).items()):
                     if id(value) in real:
                         stack.enter_context(patch.object(module, key, real[id(value)]))
@@ -110,10 +112,12 @@ def _told(world: World, reach: Callable[..., Any]) -> Iterator[tuple[Any, str, A
 
         return owner, method, wrapped
 
+    yield told(training.Training, "__init__", "prepared")
     yield told(training.Training, "commit", "committed")
     yield told(training.Training, "enter", "entered")
     yield told(leaf_stack.LeafStack, "push", "leaf")
     yield told(agent.Agent, "_install", "installed")
+    yield told(agent.Agent, "__init__", "born")
     yield told(memory.ParityMemory, "commit", "parity")
     yield torn(memory._Marked, "begin")
     yield torn(memory._Marked, "commit")

@@ -203,3 +203,8 @@ def state_and_cpu(world: World) -> Callable[[int], tuple[str, int]]:
         return "T" if process.stopped else "R", process.turns + int(1000 * world.now) * busy
 
     return found
+
+
+def death_cause(world: World) -> Callable[[int], str]:
+    """What the kernel knows of a dying worker."""
+    return lambda pid: f"code {world.processes[pid - 1].code}"
