@@ -32,7 +32,11 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 demo: setup
-	$(BIN)/python examples/demo.py $(DEMO)
+	$(BIN)/outlast drill --log-dir runs/demo --nodes 4 --nproc-per-node 2 --pace 1 \
+	  --fault kill-worker@step=12 --fault kill-node@step=36 --fault kill-proposer@step=60 \
+	  --fault kill-worker@step=84+kill-node@phase=finish $(DEMO) \
+	  examples/gpt.py --steps 120 --layers 4 --width 128 --heads 4 --context 128 \
+	  --batch-size 4 --leaves 8 --zero 2 --seed 0 --corpus-mb 4 --eval-every 0
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Jobs of `outlast launch` on this machine: nodes to kill, logs to read, tables to print.
 
-A job is one `outlast launch` per pretended node, as in the demo, so that a node can be killed
+A job is one `outlast launch` per pretended node, as in a drill, so that a node can be killed
 and started again. What happened is read from the logs of the job alone: the events of agents and
 workers, and the commit of every step.
 """
@@ -22,10 +22,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-from nodes import Nodes, free_port, outlast
-from watch import Event, Watch
+from outlast.launch.nodes import Nodes, free_port, outlast
+from outlast.launch.watch import Event, Watch
 
 START_LIMIT_S, RETURN_LIMIT_S, RECOVERY_LIMIT_S, POLL_S = 90.0, 300.0, 120.0, 0.002
 ROOT = Path(__file__).resolve().parent
@@ -64,12 +62,16 @@ class Job:
         self.out, self.strength, self.logs = out, strength, out / "logs"
         names = [f"node{index}" for index in range(strength.nodes)]
         least = f"{strength.least}:" if strength.least else ""
-        command = outlast(
+        flags = (
             "launch", "--nnodes", f"{least}{strength.nodes}", "--rdzv-id", "benchmark",
             "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1",
-            "--nproc-per-node", str(strength.workers), "--node-name", "{node}",
-            "--max-restarts", "10000", "--log-dir", str(self.logs), *script,
+            "--nproc-per-node", str(strength.workers), "--max-restarts", "10000",
+            "--log-dir", str(self.logs), "--node-name",
         )  # fmt: skip
+
+        def command(node: str) -> list[str]:
+            return outlast(*flags, node, *script)
+
         self.nodes = Nodes(names, command, out / "nodes", secrets.token_hex(32))
         self.watch = Watch(self.logs, self._alive)
 
@@ -172,7 +174,7 @@ class Job:
 
 def launched(out: Path, command: Sequence[str], limit_s: float = 900.0) -> int | None:
     """Run one command to its end, whatever it starts included; its exit code."""
-    with Nodes(["launcher"], command, out, secrets.token_hex(32)) as nodes:
+    with Nodes(["launcher"], lambda _: command, out, secrets.token_hex(32)) as nodes:
         nodes.start("launcher")
         code = nodes.wait(limit_s)["launcher"]
     if code != 0:

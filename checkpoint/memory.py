@@ -83,6 +83,11 @@ def memory_bytes(shape: StateShape) -> int:
     return 4 * _RECORD_BYTES + 4 * half
 
 
+def parity_region(size: int) -> tuple[int, int]:
+    """Where both halves of parity begin and end in a file of `size` bytes: as long as the state."""
+    return 4 * _RECORD_BYTES + (size - 4 * _RECORD_BYTES) // 2, size
+
+
 def _pages(size: int) -> int:
     return -(-size // _PAGE) * _PAGE
 

@@ -100,6 +100,39 @@ def launch(**options: Any) -> None:
     sys.exit(run_node(config, key))
 
 
+@commands.command(context_settings={"allow_interspersed_args": False})
+@click.option("--nodes", default=4, help="Pretended nodes of this machine, at least 3.")
+@click.option("--nproc-per-node", default=1, help="Workers of each.")
+@click.option("--spares", default=0, help="Warm nodes beyond those.")
+@click.option("--fault", "faults", multiple=True, metavar="SPEC",
+              help="kind[@step=N,phase=P,node=NAME,...][+...]; may be given often.")
+@click.option("--faults", "file", metavar="FILE", help='TOML: faults = ["SPEC", ...].')
+@click.option("--rounds", default=0, help="Random faults, each at full strength.")
+@click.option("--mtbf", default=0.0, help="Random faults, in the mean so many seconds apart.")
+@click.option("--duration", default=0.0, help="Seconds of --mtbf.")
+@click.option("--kinds", default="", help="What random faults may be, such as kill-worker,hang.")
+@click.option("--seed", default=0, help="Of random faults.")
+@click.option("--namespaces", is_flag=True, help="Each node in its own network namespace.")
+@click.option("--twin/--no-twin", default=True, help="Compare with an undisturbed run.")
+@click.option("--pace", default=0.0, help="Seconds a step takes at least while faults are due.")
+@click.option("--launch-flags", default="", help="Further flags of `outlast launch`, in quotes.")
+@click.option("--json", "as_json", metavar="FILE", help="Write the verdict here, too.")
+@click.option("--log-dir", default="outlast_logs/drill", show_default=True)
+@click.argument("script")
+@click.argument("script_args", nargs=-1, type=click.UNPROCESSED)
+def drill(**options: Any) -> None:
+    """Run SCRIPT on pretended nodes, strike at them, and tell whether it kept every promise.
+
+    Exit code: 0 passed, 1 a promise was broken, 2 misuse, 3 something could not be run here.
+    """
+    from rich.console import Console
+
+    from outlast.launch.drill import config_of, run_drill
+
+    as_json = Path(options["as_json"]) if options["as_json"] else None
+    sys.exit(run_drill(config_of(options), Console(), as_json))
+
+
 def config_from_options(options: dict[str, Any]) -> LaunchConfig:
     """The config behind the flags; raises Misuse."""
     low, high = node_range(options["nnodes"])

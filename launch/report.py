@@ -15,7 +15,6 @@ from outlast.launch.timeline import PHASES, Fault, Outcome, RunRecord, tell
 
 TEMPLATE = Path(__file__).with_name("report.html")
 FAULTS_FILE = "faults.json"  # a list of faults, where they were injected on purpose
-DIGEST_FILE = "digest.json"  # {"sha256": ...} of the final state, where the script wrote it
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -53,9 +52,10 @@ def load_run(directory: Path, faults: Sequence[Fault] | None = None) -> RunRecor
     if faults is None:
         noted = _read_json(directory / FAULTS_FILE) or []
         faults = [Fault.from_json(record) for record in noted]
-    result = _read_json(directory / DIGEST_FILE) or {}
+    told = [event["sha256"] for event in events if event["event"] == "digest"]
+    digest = told[-1] if len(set(told)) == 1 else None
     metrics = read_lines(directory / METRICS_FILE)
-    return tell(directory.name, events, metrics, faults, digest=result.get("sha256"))
+    return tell(directory.name, events, metrics, faults, digest=digest)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -120,6 +120,11 @@ class Outcome:
         return self.change is not None and self.recovery is not None
 
     @property
+    def took_somebody(self) -> bool:
+        """Whether the fault is one that takes an agent or a worker out of the view."""
+        return self.fault is not None and bool(self.fault.agents or self.fault.holders)
+
+    @property
     def label(self) -> str:
         if self.fault is not None:
             return self.fault.label

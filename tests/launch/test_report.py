@@ -18,12 +18,13 @@ SHA = "ab" * 32
 
 def write_logs(directory: Path) -> None:
     directory.mkdir()
-    for agent in sorted({event["agent"] for event in EVENTS}):
-        lines = [json.dumps(event) + "\n" for event in EVENTS if event["agent"] == agent]
+    digest = {**EVENTS[-1], "event": "digest", "step": 11, "sha256": SHA}
+    events = [*EVENTS, digest]
+    for agent in sorted({event["agent"] for event in events}):
+        lines = [json.dumps(event) + "\n" for event in events if event["agent"] == agent]
         (directory / f"events-{agent}.jsonl").write_text("".join(lines))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in METRICS))
     (directory / "faults.json").write_text(json.dumps([dataclasses.asdict(f) for f in FAULTS]))
-    (directory / "digest.json").write_text(json.dumps({"sha256": SHA}))
 
 
 def test_a_directory_becomes_a_record(tmp_path: Path) -> None:

@@ -1,64 +1,76 @@
 """Nodes of a pretended cluster: each is an `outlast launch` in a session of its own.
 
 Killing a node takes its agent and all its workers at once, as pulling a plug would; starting it
-again is the same command. Whatever happens to the demo, no process outlives it.
+again is the same command. Whatever happens to the drill, no process outlives it: also where it is
+killed itself, the kernel ends the agents (PR_SET_PDEATHSIG) and these their workers.
 """
 
-import os
+import contextlib
+import ctypes
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import psutil
 
+from outlast.cluster.environment import JOB_KEY, inherited
+from outlast.launch.worker_process import PR_SET_PDEATHSIG
+
 GRACE_S = 15.0
+_prctl = ctypes.CDLL("libc.so.6").prctl
 
 
 class Nodes:
     """Starts, kills and restarts nodes by name; leaving the context ends them all.
 
-    command: what runs on each node, `{node}` standing for its name. Output goes to
-    `<output>/<node>.log`.
+    Args:
+        command: name of a node -> what runs on it. Output goes to `<output>/<node>.log`.
+        key: the job's secret.
+        environment: further variables.
     """
 
     def __init__(
-        self, names: Sequence[str], command: Sequence[str], output: Path, key: str
-    ) -> None:
+        self, names: Sequence[str], command: Callable[[str], Sequence[str]], output: Path,
+        key: str, environment: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.names = tuple(names)
-        self.command = tuple(command)
+        self.command = command
         self.output = output
-        self.environment = {**os.environ, "OUTLAST_JOB_KEY": key, "OMP_NUM_THREADS": "1"}
+        own = {JOB_KEY: key, "OMP_NUM_THREADS": "1"}
+        self.environment = {**inherited(), **own, **(environment or {})}
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, node: str) -> None:
         """Run the command of a node that is not running."""
         self.output.mkdir(parents=True, exist_ok=True)
-        command = [word.replace("{node}", node) for word in self.command]
         with (self.output / f"{node}.log").open("ab") as log:
             self.agents[node] = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                list(self.command(node)), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                 env=self.environment, start_new_session=True,
+                preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
             )  # fmt: skip
 
     def workers(self, node: str) -> list[int]:
-        """Process ids of the workers of a node, the longest running first."""
-        children = _tree(self.agents[node].pid)[1:]
-        script = next(word for word in self.command if word.endswith(".py"))
-        workers = [child for child in children if _runs(child, script)]
-        return [child.pid for child in sorted(workers, key=_created)]
+        """Process ids of the workers of a node, by local rank; a dying one is left out."""
+        found: dict[int, int] = {}
+        agent = self.agents.get(node)
+        for child in _tree(agent.pid, recursive=False)[1:] if agent else ():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, KeyError):
+                if child.status() != psutil.STATUS_ZOMBIE:
+                    found[int(child.environ()["LOCAL_RANK"])] = child.pid
+        return [found[rank] for rank in sorted(found)]
 
-    def kill_worker(self, node: str) -> tuple[float, int]:
-        """SIGKILL to one worker; returns (time.time() of the kill, its process id)."""
-        pid = self.workers(node)[0]
-        at = time.time()
-        os.kill(pid, signal.SIGKILL)
-        return at, pid
+    def signal_node(self, node: str, number: int) -> None:
+        """A signal to the agent and everything below it."""
+        for process in _tree(self.agents[node].pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
     def kill_node(self, node: str) -> float:
         """SIGKILL to the agent and everything below it; returns time.time() of the kill."""
@@ -89,6 +101,7 @@ class Nodes:
         for agent in self.agents.values():
             if agent.poll() is None:
                 agent.terminate()
+                agent.send_signal(signal.SIGCONT)
         self.wait(GRACE_S)
         for tree in trees.values():
             _kill_all(tree)
@@ -101,35 +114,19 @@ def outlast(*arguments: str) -> list[str]:
     return [str(Path(sys.executable).with_name("outlast")), *arguments]
 
 
-def _tree(pid: int) -> list[psutil.Process]:
-    """The process and its descendants; none for a process that is gone."""
+def _tree(pid: int, recursive: bool = True) -> list[psutil.Process]:
+    """The process and its descendants, or its children; none for a process that is gone."""
     try:
         process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
+        return [process, *process.children(recursive=recursive)]
     except psutil.NoSuchProcess:
         return []
 
 
 def _kill_all(processes: Sequence[psutil.Process]) -> None:
     for process in processes:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()  # refuses a process id that was given to somebody else meanwhile
-        except psutil.NoSuchProcess:
-            continue
-
-
-def _runs(process: psutil.Process, script: str) -> bool:
-    try:
-        return script in process.cmdline()
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _created(process: psutil.Process) -> float:
-    try:
-        return float(process.create_time())
-    except psutil.NoSuchProcess:
-        return float("inf")
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""Follows the logs of a running job: which view is installed, which step is committed."""
+"""Follows the logs of a running job: which view is installed, which steps are committed."""
 
 import json
 import time
@@ -13,7 +13,8 @@ Found = TypeVar("Found")
 class Watch:
     """The events and metrics of one log directory, read as they are written.
 
-    alive: called at every look; it raises when there is nothing more to wait for.
+    alive: called at every look; it raises when there is nothing more to wait for. What a drilled
+    job says of every commit is kept apart, in `commits`: generation -> steps.
     """
 
     def __init__(self, directory: Path, alive: Callable[[], None]) -> None:
@@ -21,24 +22,29 @@ class Watch:
         self.alive = alive
         self.events: list[Event] = []
         self.metrics: list[Event] = []
+        self.commits: dict[int, set[int]] = {}
+        self.view: Event | None = None  # the newest that any agent installed
+        self.step = 0  # how many steps are committed
         self._offsets: dict[Path, int] = {}
-
-    @property
-    def step(self) -> int:
-        """How many steps are committed."""
-        return int(self.metrics[-1]["step"]) if self.metrics else 0
-
-    @property
-    def view(self) -> Event | None:
-        """The newest view that any agent installed."""
-        views = [event for event in self.events if event["event"] == "view"]
-        return max(views, key=lambda view: int(view["generation"]), default=None)
 
     def look(self) -> None:
         """Read what was written since the last look."""
         for log in sorted(self.directory.glob("events-*.jsonl")):
-            self.events += self._new_lines(log)
+            for event in self._new_lines(log):
+                self._take(event)
         self.metrics += self._new_lines(self.directory / "metrics.jsonl")
+        if self.metrics:
+            self.step = max(self.step, int(self.metrics[-1]["step"]))
+
+    def _take(self, event: Event) -> None:
+        if event["event"] == "committed":
+            self.commits.setdefault(event["generation"], set()).add(event["step"])
+            self.step = max(self.step, event["step"])
+            return
+        self.events.append(event)
+        newest = self.view["generation"] if self.view else 0
+        if event["event"] == "view" and event["generation"] > newest:
+            self.view = event
 
     def until(
         self, found: Callable[[], Found | None], what: str, limit_s: float, pause_s: float = 0.02
@@ -55,10 +61,12 @@ class Watch:
                 raise TimeoutError(f"waited {limit_s:.0f} s for {what}")
             time.sleep(pause_s)
 
-    def event(self, name: str, **fields: Any) -> Event | None:
-        """The first event of this name with these fields."""
+    def event(self, name: str, since: float = 0.0, **fields: Any) -> Event | None:
+        """The first event of this name with these fields, written after `since`."""
         for event in self.events:
-            if event["event"] == name and all(event.get(k) == v for k, v in fields.items()):
+            if event["event"] != name or event["time"] < since:
+                continue
+            if all(event.get(k) == v for k, v in fields.items()):
                 return event
         return None
 

@@ -1,0 +1,162 @@
+"""A job under drill: its nodes, its logs, its failpoints, and whether it is at full strength."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from outlast.cluster.errors import OutlastError
+from outlast.launch.namespaces import Namespaces
+from outlast.launch.nodes import Nodes, free_port, outlast
+from outlast.launch.trap import Traps
+from outlast.launch.watch import Watch
+
+START_LIMIT_S, RETURN_LIMIT_S, STEP_LIMIT_S, END_LIMIT_S = 300.0, 180.0, 600.0, 1800.0
+STABLE_COMMITS = 2  # of one generation: then the redundancy of the new layout is complete
+TAIL_LINES = 20
+Member = dict[str, Any]
+
+
+class DrillFailed(OutlastError):
+    """The drill cannot go on; the text says why and where to look."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What is started on how many nodes.
+
+    Args:
+        workers: of each node.
+        launch: further flags of `outlast launch`.
+        script: the user's command line.
+    """
+
+    nodes: int
+    workers: int
+    spares: int = 0
+    launch: tuple[str, ...] = ()
+    script: tuple[str, ...] = ()
+
+
+class DrilledJob:
+    """One `outlast launch` per node. As a context it starts them, and ends them whatever happens.
+
+    Args:
+        out: its logs go to `out`, what the nodes print to `out.parent / "nodes"`.
+        network: where given, every node runs in its own network namespace.
+    """
+
+    def __init__(
+        self, out: Path, shape: Shape, traps: Traps, network: Namespaces | None = None
+    ) -> None:
+        self.out, self.shape, self.traps, self.network = out, shape, traps, network
+        width = len(str(shape.nodes + shape.spares - 1))
+        self.names = [f"node{index:0{width}}" for index in range(shape.nodes + shape.spares)]
+        self._job, self._port = f"drill-{secrets.token_hex(4)}", free_port()
+        self.nodes = Nodes(
+            self.names, self._command, out.parent / "nodes", secrets.token_hex(32),
+            traps.environment,
+        )  # fmt: skip
+        self.watch = Watch(out, self._alive)
+        self.excused: set[str] = set()  # nodes that are meant to end with an error
+        self.over_is_news = True  # whether the end of the training comes too early
+
+    def _command(self, node: str) -> list[str]:
+        shape, network = self.shape, self.network
+        addresses = {name: network.address(name) if network else "127.0.0.1" for name in self.names}
+        # In namespaces only its owner can listen at an address: whoever is left must be found.
+        meeting = dict.fromkeys(f"{address}:{self._port}" for address in addresses.values())
+        spares = ["--spares", str(shape.spares)] if shape.spares else []
+        return [*(network.prefix(node) if network else ()), *outlast(
+            "launch", "--nnodes", str(shape.nodes), "--rdzv-endpoint", ",".join(meeting),
+            "--rdzv-id", self._job, "--local-addr", addresses[node], "--node-name", node,
+            "--nproc-per-node", str(shape.workers), "--max-restarts", "1000",
+            "--log-dir", str(self.out), *spares, *shape.launch, *shape.script,
+        )]  # fmt: skip
+
+    def __enter__(self) -> "DrilledJob":
+        self.nodes.__enter__()
+        self.out.mkdir(parents=True, exist_ok=True)
+        for node in self.names:
+            self.nodes.start(node)
+        return self
+
+    def __exit__(self, *trouble: Any) -> None:
+        self.nodes.__exit__(*trouble)
+
+    def _alive(self) -> None:
+        codes = self.nodes.exit_codes()
+        for node, code in codes.items():
+            if code and node not in self.excused:
+                raise DrillFailed(f"{node} ended with {code}; {self.tail(node)}")
+        if self.over_is_news and codes and all(code == 0 for code in codes.values()):
+            raise DrillFailed(
+                "the training was over before the last fault: give it more steps, or --pace"
+            )
+
+    def tail(self, node: str) -> str:
+        """The end of what a node printed, with the place of the rest."""
+        log = self.nodes.output / f"{node}.log"
+        lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        return f"the end of {log}:\n" + "\n".join(lines)
+
+    @property
+    def members(self) -> list[Member]:
+        """Members of the newest view, the proposer first."""
+        return list(self.watch.view["members"]) if self.watch.view else []
+
+    @property
+    def working(self) -> list[Member]:
+        """Those of them whose workers train."""
+        return [m for m in self.members if m["workers"] and not m.get("spare")]
+
+    @property
+    def holders(self) -> dict[int, str]:
+        """Worker -> its node, in the newest view."""
+        return {int(holder): m["node"] for m in self.working for holder in m["workers"]}
+
+    def stable(self) -> bool:
+        """Whether the newest view has committed enough to stand the next loss."""
+        view = self.watch.view
+        commits = self.watch.commits.get(view["generation"], set()) if view else set()
+        return len(commits) >= STABLE_COMMITS
+
+    def await_strength(self, step: int = 0) -> None:
+        """Until all workers and spares are there, stand on their own redundancy, and `step` is
+        committed.
+
+        Raises:
+            TimeoutError, DrillFailed: they never will.
+        """
+        ranks = self.shape.nodes * self.shape.workers
+
+        def strong() -> bool | None:
+            there = len(self.holders) == ranks and len(self.members) == len(self.names)
+            return True if there and self.stable() and self.watch.step >= step else None
+
+        limit_s = STEP_LIMIT_S + RETURN_LIMIT_S if self.watch.step else START_LIMIT_S
+        self.watch.until(strong, f"all {ranks} workers at step {step}", limit_s)
+
+    def await_view(self, without: str | int, limit_s: float = RETURN_LIMIT_S) -> None:
+        """Until an agent (its id) or a worker (its holder) is in the view no more."""
+
+        def gone() -> bool | None:
+            agents = {member["agent"] for member in self.members}
+            return None if without in agents | self.holders.keys() else True
+
+        self.watch.until(gone, f"a view without {without}", limit_s, 0.005)
+
+    def await_end(self) -> None:
+        """Until every node has ended well."""
+        self.over_is_news = False
+        self.watch.until(
+            lambda: True if set(self.nodes.exit_codes().values()) == {0} else None,
+            "the end of the training", END_LIMIT_S,
+        )  # fmt: skip
+        self.watch.look()
+
+    def run_to_end(self, names: Sequence[str] = ()) -> None:
+        """The whole life of a job that nobody disturbs."""
+        with self:
+            self.await_end()
