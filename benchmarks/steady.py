@@ -1,19 +1,22 @@
 """What protection costs while nothing happens: the step time beside plain DistributedDataParallel.
 
-    python benchmarks/steady.py [--rounds 5] [--steps 8] [--variants parity slots bare ddp]
+    python benchmarks/steady.py [--rounds 5] [--steps 8] [--variants double parity slots bare ddp]
 
 Four ranks train the same GPT of about 10 million parameters on the same samples (fused AdamW,
 gradient clipping, one thread each), 8 micro-batches a step:
 
-    parity  outlast, ZeRO 2: two halves of state and parity of every step
+    double  outlast, ZeRO 2: two halves of state and (2, 2) parity of every step, which survives
+            the loss of any two of the four
+    parity  the same with (3, 1) parity, which survives the loss of one
     slots   the same without parity: two halves of state
     bare    the same, the update in place and no checksums: nothing survives a loss
     ddp     torch's DistributedDataParallel under torchrun, no_sync on all but the last micro-batch
 
 Variants take turns, a fresh job each time; the first two steps of a job are dropped. Step times
 are those of rank 0, CPU seconds those of a worker's process, per rank and step; launchers are not
-counted. The second table says where rank 0 of `parity` spends a step: `agree` is mostly waiting
-for the slowest rank, `parity` is what is left of the exchange after it ran beside the leaves.
+counted. The ratio to `bare` is the price of protection, that to `ddp` the price of everything. The
+second table says where rank 0 spends a step: `agree` is mostly waiting for the slowest rank,
+`parity` is what is left of the exchange after it ran beside the leaves.
 """
 
 import argparse
@@ -28,7 +31,8 @@ from job import launched, median, outlast, parser_of, say, table, workspace, wri
 from phases import NAMES, Phases
 
 RANKS, LEAVES, DROPPED = 4, 8, 2
-VARIANTS = ("parity", "slots", "bare", "ddp")
+VARIANTS = ("double", "parity", "slots", "bare", "ddp")
+PARITY = {"double": 2, "parity": 1}  # units per stripe; no other variant has any
 CLIP, RATE, BETAS, DECAY = 1.0, 1e-3, (0.9, 0.95), 0.1
 
 
@@ -94,7 +98,8 @@ def train_outlast(args: argparse.Namespace) -> None:
     run = outlast.init(seed=0, leaves=LEAVES)
     plain, windows = network(args)
     parameters = sum(p.numel() for p in plain.parameters())
-    model = run.prepare(plain, optimizer=adamw, zero=2, clip=CLIP, parity=args.worker == "parity")
+    parity = PARITY.get(args.worker, 0)
+    model = run.prepare(plain, optimizer=adamw, zero=2, clip=CLIP, parity=parity)
     clock = Clock(phases)
     for step in run.steps(args.steps):
         with step:
@@ -177,32 +182,36 @@ def report(args: argparse.Namespace, found: dict[str, list[list[dict[str, Any]]]
     walls = {v: [s for ranks in rounds for s in ranks[0]["wall"]] for v, rounds in found.items()}
     cpus = {v: [s for ranks in rounds for rank in ranks for s in rank["cpu"]]
             for v, rounds in found.items()}  # fmt: skip
-    last = args.variants[-1]
+    wall = {variant: median(seconds) for variant, seconds in walls.items()}
+    cpu = {variant: median(seconds) for variant, seconds in cpus.items()}
+    measures = [variant for variant in ("bare", "ddp") if variant in found]
     rows: list[list[object]] = []
     for variant in args.variants:
-        wall, cpu = median(walls[variant]), median(cpus[variant])
-        ratios = [wall / median(walls[last]), cpu / median(cpus[last])]
         edges = f"{min(walls[variant]):.2f} to {max(walls[variant]):.2f}"
-        rows.append([variant, f"{wall:.3f}", edges, ratios[0], f"{cpu:.3f}", ratios[1]])
-    parameters = found[last][0][0]["parameters"]
+        row: list[object] = [variant, f"{wall[variant]:.3f}", edges]
+        row += [wall[variant] / wall[measure] for measure in measures]
+        row.append(f"{cpu[variant]:.3f}")
+        rows.append(row + [cpu[variant] / cpu[measure] for measure in measures])
+    some = next(iter(found.values()))
     tokens = LEAVES * args.batch_size * args.context
-    print(f"{parameters / 1e6:.1f} million parameters, {tokens} tokens a step, {RANKS} ranks, "
-          f"{len(walls[last])} steps of each\n")  # fmt: skip
-    head = ["variant", "step, s (median)", "lowest to highest", f"to {last}"]
-    print(table([*head, "CPU s per rank and step", f"to {last}"], rows))
-    if "parity" in found:
+    print(f"{some[0][0]['parameters'] / 1e6:.1f} million parameters, {tokens} tokens a step, "
+          f"{RANKS} ranks, {len(next(iter(walls.values())))} steps of each\n")  # fmt: skip
+    ratios = [f"to {measure}" for measure in measures]
+    head = ["variant", "step, s (median)", "lowest to highest", *ratios]
+    print(table([*head, "CPU s per rank and step", *ratios], rows))
+    for variant in [variant for variant in args.variants if variant in PARITY]:
         rows = []
         for phase in NAMES:
-            ms = 1000 * median([ranks[0]["phases"][phase] for ranks in found["parity"]])
-            rows.append([phase, f"{ms:.1f}", f"{ms / 10 / median(walls['parity']):.1f} %"])
-        print("\n" + table(["phase", "ms a step", "share"], rows))
+            ms = 1000 * median([ranks[0]["phases"][phase] for ranks in found[variant]])
+            rows.append([phase, f"{ms:.1f}", f"{ms / 10 / wall[variant]:.1f} %"])
+        print("\n" + table([f"phase of {variant}", "ms a step", "share"], rows))
 
 
 def main() -> None:
     """The command line."""
     parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="the last is the measure")
+    add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=8, help=f"of a job, {DROPPED} of them dropped")
     add("--layers", type=int, default=6)
