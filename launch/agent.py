@@ -24,6 +24,7 @@ from outlast.launch.console import Console
 from outlast.launch.crew import Crew, Slot, keep_pinging, memories_of_use, tell_ranks
 from outlast.launch.ending import Ending, Outcome
 from outlast.launch.event_log import EventLog
+from outlast.launch.eviction import condemn, waiting
 from outlast.launch.link import Message
 from outlast.launch.metrics_log import MetricsLog
 from outlast.launch.plain_job import PlainJob
@@ -97,7 +98,7 @@ class Agent:
         try:
             await self.mesh.start()
             self.event("started", pid=os.getpid())
-            ticking = watched(keep_pinging(self.crew, self.timing))
+            ticking = watched(keep_pinging(self.crew, self.timing, self.mesh.broadcast))
             outcome = await self.outcome
         except Misuse as error:
             outcome = Outcome(EXIT_REFUSED, str(error))
@@ -125,12 +126,6 @@ class Agent:
             return True
         members = self.view.members if self.view else ()
         return any(self.mesh.members.get(m.agent, m).elastic for m in members)
-
-    @property
-    def spare(self) -> bool:
-        """Whether this node waits for another's place."""
-        seat = self.view.member(self.agent) if self.view else None
-        return seat is not None and seat.spare
 
     def event(self, name: str, **fields: Any) -> None:
         """Write to the event log."""
@@ -164,8 +159,6 @@ class Agent:
         if ended_well and (settled or self.elastic) and not self.ending.succeeded:
             self.mesh.broadcast({"kind": "done"})
             self.ending.succeed()
-        # A spare is ready when all its workers are.
-        workers = self.crew.workers() if self.crew.complete or not self.spare else ()
         me = replace(
             self.mesh.me, restarts=self.restarts, finished=settled, complete=self.ending.complete,
             workers=self.mesh.me.workers if self.ending.complete else self.spare.workers,
@@ -245,18 +238,6 @@ class Agent:
             self.crew.start(view, self.mesh.me)
         self.ending.check()
 
-    def _described(self, member: Member) -> None:
-        self.ending.described(member)
-        if self.spare and self.view is not None:
-            self._warm_up(self.view)
-
-    def _warm_up(self, view: View) -> None:
-        """Start a spare's workers, once it is known that they will wait for a place: those of a
-        plain job would train."""
-        if self.elastic and not (self.crew.started or self.ending.complete or self.outcome.done()):
-            self.crew.start(view, self.mesh.me, member=False)
-            self.describe()
-
     def _join(self, view: View) -> None:
         """A job runs without us. An elastic one is joined when our workers are ready."""
         if self.outcome.done() or self.view is not None or self.running is not None:
@@ -272,6 +253,10 @@ class Agent:
         try:
             if kind == "store":
                 self.desk.push(message)
+            elif kind == "waiting":
+                waiting(self.crew, message)
+            elif kind == "condemn":
+                condemn(self, message)
             elif kind == "done":
                 self.ending.succeed()
                 self.describe()

@@ -9,15 +9,18 @@ import asyncio
 import secrets
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from outlast.cluster.environment import inherited
 from outlast.cluster.failpoint import reach
+from outlast.cluster.standstill import Standstill
 from outlast.cluster.timing import Timing
 from outlast.cluster.view import Member, View, Worker
 from outlast.launch.config import LaunchConfig
+from outlast.launch.eviction import end_standstill
 from outlast.launch.link import Message
 from outlast.launch.memory_holder import MemoryHolder
 from outlast.launch.torch_environment import torch_environment
@@ -49,10 +52,6 @@ class CrewOwner(Protocol):
     @property
     def view(self) -> View | None:
         """The view installed last."""
-
-    @property
-    def spare(self) -> bool:
-        """Whether this node waits for another's place."""
 
     def said(self, worker: WorkerProcess, message: Message) -> None:
         """A worker's message."""
@@ -98,6 +97,7 @@ class Crew:
     def __init__(self, config: LaunchConfig, owner: CrewOwner, directory: Path) -> None:
         self._config, self.owner, self._directory = config, owner, directory
         self.memory = MemoryHolder()
+        self.standstill = Standstill(Timing(heartbeat_s=config.heartbeat_s))
         self.slots = [Slot(rank, new_holder()) for rank in range(config.nproc_per_node)]
         self.respawns = 0
         self.undecided: list[tuple[WorkerProcess, int, float]] = []
@@ -230,7 +230,7 @@ class Crew:
         slot = self.slots[worker.local_rank]
         worker.lose(exit_text(code))
         limit = self._config.max_restarts + (KILLS_FORGIVEN if code < 0 and not worker.hung else 0)
-        respawn = self.respawns < limit and not self.owner.ending.complete
+        respawn = self.respawns < limit and not (self.owner.ending.complete or slot.closed)
         if respawn:
             self.respawns += 1
             slot.false_starts = 0 if worker.ready else slot.false_starts + 1
@@ -247,8 +247,10 @@ def tell_ranks(crew: Crew, view: View) -> None:
             slot.process.rank = ranks.get(slot.process.holder, slot.process.rank)
 
 
-async def keep_pinging(crew: Crew, timing: Timing) -> None:
-    """Ping everybody once per heartbeat, and look at those that do not answer."""
+async def keep_pinging(
+    crew: Crew, timing: Timing, broadcast: Callable[[Message], None]
+) -> None:
+    """Ping everybody once per heartbeat, and look at those that do not answer or go on."""
     before, count = time.monotonic(), 0
     while True:
         await asyncio.sleep(timing.heartbeat_s)
@@ -256,8 +258,10 @@ async def keep_pinging(crew: Crew, timing: Timing) -> None:
         for worker in crew.attached:
             if now - before > 2 * timing.heartbeat_s:  # held up ourselves: no silence counts
                 worker.heard()
+                crew.standstill.forgive(now)
             worker.send({"kind": "ping", "n": count})
             worker.check_silence(timing, now)
+        end_standstill(crew, broadcast, now)
         decide(crew, now)
         before = now
 

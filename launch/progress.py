@@ -63,6 +63,18 @@ class Progress:
             went = f"goes on at step {step} after {took:.0f} ms ({names})"
             self.say(f"generation {generation}: {went}")
 
+    def told(self, name: str, message: Message) -> None:
+        """What a worker says of others and people should know."""
+        node, rank, step = (message.get(key) for key in ("peer_node", "rank", "step"))
+        if name == "poisoned":
+            how = "that is not finite" if message.get("how") == "not finite" else "that is wrong"
+            found = f"{node} (rank {rank}) computed a gradient {how}"
+            self.say(f"step {step}: {found}; it is {message.get('action')}")
+        elif name == "slow_rank":
+            self.say(f"{node} (rank {rank}) takes {message.get('ratio')} times as long as others")
+        elif name == "rebalanced":
+            self.say(f"leaves are dealt by speed, in rank order {message.get('weights')}")
+
     def _changes(self, before: View, view: View) -> str:
         texts = []
         for member in before.members:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from outlast.cluster.errors import Misuse
 from outlast.cluster.view import field
+from outlast.launch.eviction import condemn, noted
 from outlast.launch.link import Message
 from outlast.launch.store_relay import StoreRelay
 from outlast.launch.worker_process import WorkerProcess
@@ -29,6 +30,7 @@ class WorkerDesk:
             "memories": self._memories, "release": self._release, "store": self._store,
             "pong": self._pong, "log": self._log, "event": self._event, "error": self._error,
             "finished": self._finished,
+            "condemn": lambda _, message: condemn(agent, message, agent.mesh.broadcast),
         }  # fmt: skip
 
     def said(self, worker: WorkerProcess, message: Message) -> None:
@@ -100,6 +102,7 @@ class WorkerDesk:
 
     def _pong(self, worker: WorkerProcess, message: Message) -> None:
         worker.heard()
+        noted(self._agent.crew, worker.holder, message)
 
     def _log(self, worker: WorkerProcess, message: Message) -> None:
         agent = self._agent
@@ -113,6 +116,8 @@ class WorkerDesk:
         self._agent.events.write(name, {"holder": worker.holder, **rest})
         if name == "recovered":
             self._agent.progress.recovered(message)
+        else:
+            self._agent.progress.told(name, message)
 
     def _error(self, worker: WorkerProcess, message: Message) -> None:
         text = message.get("text")

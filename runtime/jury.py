@@ -11,7 +11,7 @@ a sum or in the optimizer is not found here.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +32,12 @@ class Jury:
     def __init__(self, training: "Training") -> None:
         self._training = training
         self.duties: list[int] = []  # leaves to be computed again here, beside our own
+        self._without: frozenset[int] = frozenset()  # ranks found guilty in the step in flight
 
-    def deal(self) -> None:
-        """The leaves of the step in flight were dealt: every so many steps one is checked by a
-        second rank, the one with the least to do."""
-        training, self.duties = self._training, []
+    def deal(self, without: Collection[int]) -> None:
+        """The leaves of the step in flight were dealt to all ranks but some: every so many steps
+        one is checked by a second rank, the one with the least to do."""
+        training, self.duties, self._without = self._training, [], frozenset(without)
         leaf, weights = self._checked(), training.membership.weights
         mine = training.membership.generation.communicator.rank
         if leaf is None:
@@ -44,12 +45,17 @@ class Jury:
         load = {
             rank: (len(covered(nodes)) + 1) / weights[rank]
             for rank, nodes in enumerate(training.nodes)
-            if weights[rank] > 0 and leaf not in covered(nodes)
+            if rank in self._witnesses() and leaf not in covered(nodes)
         }
         turn = training.committed // training.settings.spot_check
         first = min(load, key=lambda r: (load[r], (r - turn) % len(weights)), default=None)
         if mine == first and leaf not in training.stack.found:
             self.duties = [leaf]
+
+    def _witnesses(self) -> list[int]:
+        """Ranks that may be asked to compute a leaf."""
+        weights = enumerate(self._training.membership.weights)
+        return [rank for rank, weight in weights if weight > 0 and rank not in self._without]
 
     def _checked(self) -> int | None:
         """The leaf of the step in flight that two ranks compute, by turns."""
@@ -79,8 +85,7 @@ class Jury:
         found = [
             Testimony(rank, *fields) for rank, head in enumerate(heads) for fields in head["found"]
         ]
-        weights = training.membership.weights
-        verdict = judge(found, [rank for rank, weight in enumerate(weights) if weight > 0])
+        verdict = judge(found, self._witnesses())
         self.duties = []
         if verdict.guilty:
             self._act(verdict.guilty)
@@ -107,7 +112,7 @@ class Jury:
                 if not evict or found.rank == out:
                     training.link.send(
                         kind="event", event="poisoned", step=training.committed, rank=found.rank,
-                        node=nodes[found.rank][1], leaf=found.leaf, how=found.how,
+                        peer_node=nodes[found.rank][1], leaf=found.leaf, how=found.how,
                         action="evicted" if evict else "replaced",
                     )  # fmt: skip
             if evict:
@@ -148,7 +153,7 @@ class Jury:
             if rank == mine:
                 training.stack.forget(leaf)
         training.stack.keep(kept[mine])
-        training.deal_leaves(kept, {found.rank for found in guilty})
+        training.deal_leaves(kept, self._without | {found.rank for found in guilty})
 
     def _refusal(self, verdict: Verdict, found: Sequence[Testimony]) -> str:
         step = self._training.committed

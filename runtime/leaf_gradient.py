@@ -9,18 +9,36 @@ from outlast.cluster.errors import Misuse
 from outlast.cluster.failpoint import reach
 from outlast.runtime.flat_model import FlatModel
 from outlast.runtime.leaf_stack import LeafStack
+from outlast.runtime.pulse import Pulse
 
 
 class LeafGradient:
-    """Computes leaves into `stack`; bf16 gradients are widened to float32 before they are added."""
+    """Computes leaves into `stack`; bf16 gradients are widened to float32 before they are added.
 
-    def __init__(self, model: FlatModel, stack: LeafStack) -> None:
-        self._model, self._stack = model, stack
+    Args:
+        pulse: told of every sign of progress.
+        testify: takes (leaf, gradient float32 [numel]) before anything is done with it.
+    """
+
+    def __init__(
+        self,
+        model: FlatModel,
+        stack: LeafStack,
+        pulse: Pulse,
+        testify: Callable[[int, Tensor], None],
+    ) -> None:
+        self._model, self._stack, self._pulse, self._testify = model, stack, pulse, testify
         self._losses: list[Tensor] = []
+        self.seconds: list[float] = []  # that the leaves took, until somebody takes them
         self._narrow = None if model.dtype == torch.float32 else torch.empty_like(model.param)
 
-    def compute(self, leaf: int, make: Callable[[], object]) -> Iterator[object]:
-        """Yield the batch of `leaf` once and push its gradient when the loop comes back."""
+    def compute(self, leaf: int, make: Callable[[], object], keep: bool) -> Iterator[object]:
+        """Yield the batch of `leaf` once and push its gradient when the loop comes back.
+
+        Args:
+            keep: False where a leaf of another rank is computed again, only to compare.
+        """
+        self._pulse.begin_leaf()
         target = self._stack.buffer()
         flat = target if self._narrow is None else self._narrow
         self._model.bind_gradients(flat)
@@ -35,12 +53,18 @@ class LeafGradient:
             target.copy_(flat)
         if answer := reach("leaf", step=self._stack.step, leaf=leaf):
             _poison(target, str(answer.get("poison")))
-        self._stack.push(leaf, target, sum(float(loss) for loss in self._losses))
+        self._testify(leaf, target)
+        if keep:
+            self._stack.push(leaf, target, sum(float(loss) for loss in self._losses))
+        else:
+            self._stack.free(target)
+        self.seconds.append(self._pulse.end_leaf())
 
     def backward(self, loss: Tensor) -> None:
         """Backward of one term of the loss of the leaf in flight."""
         loss.backward()  # type: ignore[no-untyped-call]
         self._losses.append(loss.detach())
+        self._pulse.beat()
 
 
 def _poison(gradient: Tensor, how: str) -> None:

@@ -8,7 +8,7 @@ order holds at most log2(n) + 1 of them."""
 import torch
 from torch import Tensor
 
-from outlast.runtime.leaf_tree import Node, push
+from outlast.runtime.leaf_tree import Node, covered, push
 
 
 class LeafStack:
@@ -20,6 +20,7 @@ class LeafStack:
         self.step = -1
         self.sums: dict[Node, Tensor] = {}
         self.losses: dict[int, float] = {}
+        self.found: dict[int, tuple[float, int | None]] = {}  # leaf -> norm and digest, see `jury`
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -30,12 +31,22 @@ class LeafStack:
         """Begin step index `step`; what belongs to another step is dropped."""
         if step != self.step:
             self._free += self.sums.values()
-            self.sums, self.losses, self.step = {}, {}, step
+            self.sums, self.losses, self.found, self.step = {}, {}, {}, step
 
     def keep(self, nodes: tuple[Node, ...]) -> None:
         """Keep only `nodes`: the others are held by somebody else, too."""
         for node in [held for held in self.sums if held not in nodes]:
             self._free.append(self.sums.pop(node))
+
+    def forget(self, leaf: int) -> None:
+        """Drop whatever has `leaf` in it: the sum, and what was noted of the leaf."""
+        self.keep(tuple(node for node in self.sums if leaf not in covered([node])))
+        self.losses.pop(leaf, None)
+        self.found.pop(leaf, None)
+
+    def free(self, gradient: Tensor) -> None:
+        """Take back a buffer whose gradient is not needed."""
+        self._free.append(gradient)
 
     def buffer(self) -> Tensor:
         """A float32 vector for the gradient of the next leaf, contents undefined."""

@@ -17,6 +17,7 @@ from outlast.layout.run import Run
 from outlast.runtime.determinism import numerics
 from outlast.runtime.leaf_tree import Node, covered
 from outlast.runtime.link import Generation
+from outlast.runtime.optimizer import Cohort
 from outlast.runtime.survey import Survey
 from outlast.runtime.training import Training
 from outlast.runtime.transfer import Transfer
@@ -31,11 +32,13 @@ def join(training: Training, fingerprint: str) -> None:
         Misuse: the ranks do not train the same model.
     """
     timing = training.link.identity.timing
+    training.link.pulse.inside()
     entered = training.now.generation.view.generation if training.now else 0
     deadline_s = timing.collective_s if training.now else timing.join_s
     while True:
         generation = training.link.next_generation(entered, deadline_s)
         entered = generation.view.generation
+        training.link.pulse.enter(entered)
         try:
             _Entry(training, generation, fingerprint).run()
         except (GenerationChanged, PeerLost) as cause:
@@ -49,6 +52,7 @@ def join(training: Training, fingerprint: str) -> None:
             # The missing state lies with the agent of a node whose workers are being restarted.
             deadline_s = timing.join_s
         else:
+            training.link.pulse.outside()
             return
 
 
@@ -133,7 +137,7 @@ class _Entry:
             initial=training.initial,
             nodes_step=training.stack.step,
             nodes=training.stack.nodes,
-            weight=training.settings.weight,
+            weight=training.weight,
             model=self.fingerprint,
             numerics=numerics(),
             slots=tuple(slot.source() for slot in survey.slots),
@@ -177,9 +181,9 @@ class _Entry:
         training, holder = self.training, self.training.link.identity.holder
         step = decision.step
         training.state.adopt(half, step, decision.layout.runs(holder))
-        training.optimizer.rebuild(
-            training.state.live(training.primary), decision.scalars, started=step > 0
-        )
+        views = training.state.live(training.primary)
+        everything = Cohort(1.0, decision.scalars, started=step > 0)
+        training.optimizer.rebuild(views, [everything], [0] * len(views))
         training.committed = step
         training.losses = decision.losses
         training.enter(self.generation, decision.layout, [report.weight for report in reports])

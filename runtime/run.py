@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +35,15 @@ from outlast.runtime.determinism import pin, seed_all
 from outlast.runtime.flat_model import FlatModel
 from outlast.runtime.link import AgentLink, Link, SoloLink
 from outlast.runtime.optimizer import (
+    CohortOptimizer,
     OptimizerFactory,
     Schedule,
     ScheduleFactory,
-    ShardOptimizer,
     discover,
 )
 from outlast.runtime.samples import leaf_seed, samples
 from outlast.runtime.shard_state import role_of, shard_state
-from outlast.runtime.training import Settings, Training
+from outlast.runtime.training import Safety, Settings, Training
 
 _INTERRUPTED = (GenerationChanged, PeerLost)
 
@@ -112,7 +112,7 @@ class Run:
         clip: float | None = None,
         schedule: ScheduleFactory | None = None,
         dtype: torch.dtype | None = None,
-        parity: bool = True,
+        **safety: Unpack[Safety],
     ) -> nn.Module:
         """Take over the model's parameters and wait until this rank is part of the job.
 
@@ -122,14 +122,19 @@ class Run:
             clip: limit of the global gradient norm.
             schedule: step -> factor of the learning rate, or optimizer -> torch LRScheduler.
             dtype: of the working parameters; bfloat16 keeps a float32 master.
-            parity: protect every step against the loss of a node.
+            safety: what a loss may take, all with defaults:
+                parity: m, the domains (nodes) that may be lost at once without losing the step; 0
+                    protects nothing. It costs m / (group - m) of the state in memory.
+                group: most members of a parity group.
         Raises:
             Misuse: the model, the optimizer or a setting cannot work; says what to do.
             StateLost: this rank joined a job whose state no rung can rebuild.
         """
         if self._training is not None:
             raise Misuse("run.prepare() was called twice: one run trains one model")
-        settings = replace(self._settings, zero=zero, clip=clip, parity=parity)
+        if unknown := safety.keys() - Safety.__annotations__.keys():
+            raise Misuse(f"run.prepare() takes no {', '.join(sorted(unknown))}")
+        settings = replace(self._settings, zero=zero, clip=clip, **safety)
         flat = FlatModel(model, dtype)
         kept = discover(optimizer, flat.device)
         primary = "param" if flat.dtype == torch.float32 else "master"
@@ -140,14 +145,14 @@ class Run:
         descriptor = self._link.allocate(memory_bytes(shape))
         memory = StateMemory(descriptor, shape)
         os.close(descriptor)
-        shards = ShardOptimizer(optimizer, kept)
+        shards = CohortOptimizer(optimizer, kept)
         self._training = Training(
             settings,
             self._link,
             flat,
             shards,
             Schedule(schedule, shards.base_rate),
-            Ladder(flat.space, shape, settings.grain, replicated=zero == 0),
+            ladder(settings, flat.space, shape),
             shard_state(memory, flat.space, flat.device),
         )
         self._fingerprint = flat.fingerprint()
@@ -176,6 +181,7 @@ class Run:
                         "step.batches(...) inside `with step:`"
                     )
             try:
+                self._link.pulse.inside()
                 training.membership.redundancy.finish()
                 if failpoint.drilled():
                     self._tell_digest()
@@ -184,9 +190,10 @@ class Run:
                 try:
                     self.recover()
                 except JobComplete:
-                    return  # somebody passed this barrier, so everybody had done all steps
+                    break  # somebody passed this barrier, so everybody had done all steps
             else:
-                return
+                break
+        self._link.pulse.outside()
 
     def recover(self) -> None:
         """Enter the next generation; the runtime calls this by itself."""
@@ -285,7 +292,7 @@ class Step:
             try:
                 for leaf in training.leaves():
                     yield from training.leaf.compute(
-                        leaf, self._batch(data, leaf, batch_size, collate)
+                        leaf, self._batch(data, leaf, batch_size, collate), leaf in training.todo
                     )
                 training.commit()
             except _INTERRUPTED:

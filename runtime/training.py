@@ -12,13 +12,16 @@ the one in flight.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from outlast.checkpoint.average import WEIGHTS
 from outlast.checkpoint.ladder import Ladder
+from outlast.checkpoint.records import Lineage, Protection, SlotRecord
 from outlast.cluster.errors import GenerationChanged, Misuse
 from outlast.cluster.failpoint import drilled, reach
 from outlast.layout.layout import Layout, deal
@@ -32,15 +35,28 @@ from outlast.runtime.fold import (
     norm,
     out_of_nothing,
     spread,
+    unit_norms,
     unit_runs,
+    unit_squares,
 )
+from outlast.runtime.jury import Jury
 from outlast.runtime.leaf_gradient import LeafGradient
 from outlast.runtime.leaf_stack import LeafStack
 from outlast.runtime.leaf_tree import Node, assign, push_all
 from outlast.runtime.link import Generation, Link
-from outlast.runtime.optimizer import Schedule, ShardOptimizer
+from outlast.runtime.optimizer import CohortOptimizer, Schedule
+from outlast.runtime.pace import Pace
 from outlast.runtime.redundancy import Redundancy
 from outlast.runtime.shard_state import ShardState
+
+
+class Safety(TypedDict, total=False):
+    """The part of `Settings` that says which losses a job survives."""
+
+    parity: int
+    group: int
+    spot_check: int
+    average: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +68,12 @@ class Settings:
         grain: elements; shards are cut at multiples of it inside a unit.
         zero: 0 replicates the optimizer state, 1 and 2 shard it; 2 frees gradients between steps.
         clip: limit of the global gradient norm, None for no clipping.
-        parity: whether steps are protected against the loss of a node.
+        parity: parity units per stripe: how many domains may be lost at once; 0 for none.
+        group: most members of a parity group.
         weight: relative speed of this rank, the only value that may differ between ranks.
+        spot_check: every how many steps one leaf is computed by two ranks, 0 for never.
+        average: weights by which a block that nothing else gives back is made from its neighbours,
+            "squared" or "plain" gradient norms; None refuses.
     """
 
     seed: int = 0
@@ -61,8 +81,16 @@ class Settings:
     grain: int = 4096
     zero: int = 2
     clip: float | None = None
-    parity: bool = True
+    parity: int = 1
+    group: int = 16
     weight: float = 1.0
+    spot_check: int = 0
+    average: str | None = None
+
+    @property
+    def protection(self) -> Protection:
+        """What every step is protected with."""
+        return Protection(int(self.parity), self.group)
 
     def __post_init__(self) -> None:
         if self.leaves < 1 or self.leaves & (self.leaves - 1):
@@ -73,8 +101,17 @@ class Settings:
             raise Misuse(f"zero={self.zero}: this version has stages 0, 1 and 2")
         if self.clip is not None and not self.clip > 0:
             raise Misuse(f"clip={self.clip}: use a positive norm, or None")
+        if not 0 <= self.parity < self.group:
+            raise Misuse(
+                f"parity={self.parity}, group={self.group}: a group has parity units and data, so "
+                "use a parity of 0 or more and a larger group"
+            )
         if not self.weight >= 0:
             raise Misuse(f"weight={self.weight}: use 0 or more")
+        if self.average not in (None, *WEIGHTS):
+            raise Misuse(f"average={self.average!r}: use one of {', '.join(WEIGHTS)}, or None")
+        if self.spot_check < 0:
+            raise Misuse(f"spot_check={self.spot_check}: use a number of steps, or 0 for never")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +140,7 @@ class Training:
         settings: Settings,
         link: Link,
         model: FlatModel,
-        optimizer: ShardOptimizer,
+        optimizer: CohortOptimizer,
         schedule: Schedule,
         ladder: Ladder,
         state: ShardState,
@@ -111,12 +148,16 @@ class Training:
         self.settings, self.link, self.model = settings, link, model
         self.optimizer, self.schedule, self.ladder, self.state = optimizer, schedule, ladder, state
         self.stack = LeafStack(model.space.numel, model.device)
-        self.leaf = LeafGradient(model, self.stack)
+        self.jury = Jury(self)
+        self.leaf = LeafGradient(model, self.stack, link.pulse, self.jury.testify)
+        self.pace = Pace()
+        self.weight = settings.weight  # or as measured, where leaves follow the pace
         self.primary = state.roles[0].name
         self.committed = 0
         self.gathered = -1  # newest step of which all working parameters are here
         self.initial = True  # the working parameters are still those of the script
         self.losses: tuple[float, ...] = ()
+        self.lineage: Lineage = ()
         self.norm = 0.0
         self.todo: list[int] = []
         self.nodes: list[tuple[Node, ...]] = []
@@ -134,7 +175,7 @@ class Training:
         holders = tuple(holder for holder, _ in generation.nodes)
         space, communicator = self.model.space, generation.communicator
         dealt = deal(space, holders, self.settings.grain) if self.ladder.replicated else layout
-        redundancy = Redundancy(self.state, communicator, layout, holders, generation.domains)
+        redundancy = Redundancy(self.state, generation, layout, self.ladder.protection)
         mine = unit_runs(space, dealt.runs(holders[communicator.rank]))
         self.now = Membership(
             generation,
@@ -145,27 +186,34 @@ class Training:
             tuple(weights),
             redundancy,
         )
+        self.pace.enter(holders)
         self.restored = self.committed
 
-    def deal_leaves(self, kept: dict[int, tuple[Node, ...]]) -> None:
-        """Decide who computes what is missing of the step in flight."""
+    def deal_leaves(
+        self, kept: Mapping[int, tuple[Node, ...]], without: Collection[int] = ()
+    ) -> None:
+        """Decide who computes what is missing of the step in flight: not the ranks `without`, if
+        there are others."""
         self.stack.start(self.committed)
-        todo = assign(self.settings.leaves, kept, self.membership.weights)
+        weights = self.membership.weights
+        others = [0.0 if rank in without else weight for rank, weight in enumerate(weights)]
+        todo = assign(self.settings.leaves, kept, others if any(others) else weights)
         self.nodes = [push_all(kept.get(rank, ()), leaves) for rank, leaves in enumerate(todo)]
         self.todo = todo[self.membership.generation.communicator.rank]
+        self.jury.deal(without)
 
     def leaves(self) -> Iterator[int]:
-        """Leaves this rank still owes to the step in flight.
+        """Leaves this rank still owes to the step in flight, its own and then those to compare.
 
         Raises:
             GenerationChanged: a newer view has arrived.
         """
         if self.stack.step != self.committed:
             self.deal_leaves({})
-        while self.todo:
+        while duties := self.todo or self.jury.duties:
             self.check()
-            yield self.todo[0]
-            self.todo.pop(0)
+            yield duties[0]
+            duties.pop(0)
 
     def check(self) -> None:
         """Raise GenerationChanged if the present generation is over."""
@@ -173,13 +221,26 @@ class Training:
             raise GenerationChanged("a newer view has arrived")
 
     def commit(self) -> None:
-        """Turn the finished leaves of all ranks into the next step; see [Note: commit rule]."""
+        """Turn the finished leaves of all ranks into the next step; see [Note: commit rule].
+
+        Returns without having done so where leaves have to be computed again first.
+
+        Raises:
+            GenerationChanged, PeerLost: a rank was lost meanwhile.
+            Diverged: the gradient is not finite, and no single rank is to blame.
+        """
         now = self.membership
+        self.link.pulse.inside()
         communicator, index = now.generation.communicator, self.committed
         now.redundancy.finish()
         gradient = self._reduce(now)
         squares = grain_squares(gradient, now.reduced, self.settings.grain)
-        losses, self.norm = self._agree(now, squares)
+        heads, self.norm = self._agree(now, squares)
+        if not self.jury.clear(heads, self.norm):
+            self.link.pulse.outside()
+            return
+        merged = {int(leaf): loss for head in heads for leaf, loss in head["losses"].items()}
+        losses = [merged[leaf] for leaf in range(self.settings.leaves)]
         if self.settings.clip is not None:
             gradient.mul_(min(1.0, self.settings.clip / (self.norm + 1e-6)))
         if self.ladder.replicated:
@@ -188,7 +249,7 @@ class Training:
             )
             spread(communicator, now.plan, gradient, whole)
             gradient = whole
-        self._update(gradient, index, losses)
+        self._update(gradient, index, losses, unit_norms(heads, len(self.model.space.units)))
         self.gather()
         self.committed = index + 1
         self.losses = tuple(losses)
@@ -201,6 +262,8 @@ class Training:
             self.stack.release()
         self._clean_up(now)
         self.protect()
+        _follow_pace(self, heads)
+        self.link.pulse.outside()
 
     def _tell(self, generation: int) -> None:
         """What a drill compares with the undisturbed twin, step by step."""
@@ -218,36 +281,55 @@ class Training:
         fold(communicator, now.plan, self.nodes, self.stack.sums, self.settings.leaves, out)
         return out
 
-    def _agree(self, now: Membership, squares: Tensor) -> tuple[list[float], float]:
-        """Exchange leaf losses and grain sums: every rank gets all losses and the same norm."""
+    def _agree(self, now: Membership, squares: Tensor) -> tuple[list[dict[str, Any]], float]:
+        """Exchange what is known of the leaves and the grain sums: every rank gets what each rank
+        says of its leaves, in rank order, and the same norm."""
         reach("vote", step=self.committed)
-        head = json.dumps(self.stack.losses).encode() + b"\n"
+        head = {
+            "losses": self.stack.losses,
+            "found": [[leaf, *values] for leaf, values in self.stack.found.items()],
+            "seconds": self.leaf.seconds,
+        }
+        if self.ladder.average is not None:
+            sizes = self.settings.grain, self.model.space
+            head["squares"] = unit_squares(squares, now.reduced, *sizes)
         body = squares.cpu().numpy().tobytes()
-        losses: dict[int, float] = {}
+        heads: list[dict[str, Any]] = []
         grains: list[float] = []
-        for payload in now.generation.communicator.gather_bytes(head + body):
+        for payload in now.generation.communicator.gather_bytes(
+            json.dumps(head).encode() + b"\n" + body
+        ):
             text, _, sums = payload.partition(b"\n")
-            losses.update({int(leaf): loss for leaf, loss in json.loads(text).items()})
+            heads.append(json.loads(text))
             if sums:
                 grains += torch.frombuffer(bytearray(sums), dtype=torch.float32).tolist()
-        return [losses[leaf] for leaf in range(self.settings.leaves)], norm(grains)
+        return heads, norm(grains)
 
-    def _update(self, gradient: Tensor, index: int, losses: list[float]) -> None:
+    def _update(
+        self, gradient: Tensor, index: int, losses: list[float], norms: tuple[float, ...]
+    ) -> None:
         runs, rate = self.state.runs, self.schedule.rate(index)
         grads = list(torch.split(gradient, [run.length for run in runs]))
-        scalars: dict[str, float] = {}
+        scalars: list[dict[str, float]] = []
 
         def change(live: dict[str, list[Tensor]]) -> None:
             moments = [
                 {name: live[name][i] for name in self.optimizer.state.roles}
                 for i in range(len(runs))
             ]
-            scalars.update(self.optimizer.step(live[self.primary], moments, grads, rate))
+            scalars.extend(self.optimizer.step(live[self.primary], moments, grads, rate))
 
         self.state.update(change)
         reach("commit", step=index)
         generation = self.membership.generation.view.generation
-        self.state.commit(index + 1, generation, scalars, losses)
+        pairs = zip(self.lineage, scalars[1:], strict=True)
+        self.lineage = tuple(replace(one, scalars=numbers) for one, numbers in pairs)
+        empty: dict[str, list[int]] = {}
+        self.state.commit(
+            SlotRecord(
+                index + 1, generation, (), (), empty, scalars[0], losses, norms, self.lineage
+            )
+        )
 
     def gather(self) -> None:
         """Fill the working parameters from their owners; afterwards the newest step is done."""
@@ -277,10 +359,8 @@ class Training:
 
     def protect(self) -> None:
         """Begin the parity of the newest step, beside the leaves of the next."""
-        if self.settings.parity:
-            reach("protect", step=self.committed - 1)
-            self.membership.redundancy.schedule()
-            self.membership.redundancy.start()
+        reach("protect", step=self.committed - 1)
+        self.membership.redundancy.start()
 
     def whole_role(self, role: str, use: Callable[[Tensor], None]) -> None:
         """Call `use` with every element of one role, in address order; a collective."""
@@ -298,3 +378,25 @@ class Training:
         whole = torch.empty(self.model.space.numel, dtype=dtype, device=self.model.device)
         spread(now.generation.communicator, now.plan, values.to(dtype), whole)
         use(whole)
+
+
+def _follow_pace(training: Training, heads: Sequence[Mapping[str, Any]]) -> None:
+    """Note how long the leaves of a step took on each rank; tell of slow ranks, and let the dealing
+    of leaves follow where that is asked for."""
+    training.leaf.seconds = []
+    now, link, pace = training.membership, training.link, training.pace
+    rank = now.generation.communicator.rank
+    means = [sum(head["seconds"]) / len(head["seconds"] or [0]) or None for head in heads]
+    slow = pace.note(dict(zip(now.holders, means, strict=True)))
+    for holder, ratio in slow.items() if rank == 0 else ():
+        at = now.holders.index(holder)
+        node = now.generation.nodes[at][1]
+        link.send(kind="event", event="slow_rank", rank=at, peer_node=node, ratio=round(ratio, 2))
+    if not link.identity.rebalance:
+        return
+    wanted = pace.weights(dict(zip(now.holders, now.weights, strict=True)))
+    if wanted is not None:
+        weights = tuple(wanted[holder] for holder in now.holders)
+        training.now, training.weight = replace(now, weights=weights), weights[rank]
+        if rank == 0:
+            link.send(kind="event", event="rebalanced", weights=list(weights))

@@ -3,6 +3,9 @@
 `--flaw NAME` plants a mistake: some make results depend on the rank, others are misuse."""
 
 import argparse
+import os
+import re
+import threading
 import time
 from functools import partial
 from typing import Any
@@ -76,6 +79,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16"])
     parser.add_argument("--parity", type=int, default=1)
     parser.add_argument("--pause", type=float, default=0.0, help="seconds of a leaf")
+    parser.add_argument("--spot-check", type=int, default=0)
     parser.add_argument("--flaw", default="")
     return parser.parse_args()
 
@@ -93,7 +97,21 @@ def prepare(run: outlast.Run, options: argparse.Namespace) -> nn.Module:
         schedule=lambda step: min(1.0, (step + 1) / 4),
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         parity=options.parity,
+        spot_check=options.spot_check,
     )
+
+
+def go_wrong(flaw: str, step: int, pause: float) -> None:
+    """What the worker that was started as rank 1 does in its leaves from step 3 on."""
+    if os.environ.get("RANK") != "1" or step < 3:
+        return
+    if flaw == "slow":
+        time.sleep(3 * pause)
+    elif flaw == "endless loop":
+        while True:
+            pass
+    elif flaw == "endless call":
+        re.match(r"(a+)+$", 60 * "a" + "b")  # burns the processor and never lets go of the GIL
 
 
 def main() -> None:
@@ -113,8 +131,11 @@ def main() -> None:
                 if flaw == "data by rank":
                     batch = batch.roll(run.rank, 1)
                 time.sleep(options.pause)
+                go_wrong(flaw, step.index, options.pause)
                 logits = model(batch[:, :-1])
                 step.backward(F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten()))
+        if flaw == "never comes back" and os.environ.get("RANK") == "1" and step.index == 3:
+            threading.Event().wait()
         run.log(loss=step.loss, norm=step.norm)
     print(f"digest {run.digest()}", flush=True)
     run.close()

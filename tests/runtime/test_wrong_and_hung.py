@@ -1,0 +1,175 @@
+"""Ranks that live and must go, for wrong gradients and endless loops; slow ones, which may stay."""
+
+import json
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from training_job import ENVIRONMENT, TrainingJob, alone
+
+from outlast.cluster.timing import Timing
+
+STEPS = 7
+SCRIPT = ("--pause", "0.05", "--spot-check", "1")
+Facts = dict[str, Any]
+
+
+class Poisoner:
+    """Answers the failpoint `leaf` of all processes of a job."""
+
+    def __init__(self, path: Path, answer: Callable[[Facts], str | None]) -> None:
+        self.environment = {**ENVIRONMENT, "OUTLAST_DRILL": f"{path}:leaf"}
+        self.count = 0
+        self._answer = answer
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.bind(str(path))
+        self._server.listen(64)
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                line, _ = self._server.accept()
+            except OSError:
+                return
+            with line:
+                how = self._answer(json.loads(line.makefile("rb").readline()))
+                self.count += how is not None
+                line.sendall(json.dumps({"poison": how} if how else {}).encode() + b"\n")
+
+    def close(self) -> None:
+        self._server.close()
+
+
+Run = Callable[..., TrainingJob]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """Start a job whose leaves are poisoned as the function says."""
+    made: list[Any] = []
+
+    def start(
+        nodes: int, per_node: int, *script: str, launch: tuple[str, ...] = (),
+        poison: Callable[[Facts], str | None] = lambda facts: None,
+    ) -> TrainingJob:  # fmt: skip
+        poisoner = Poisoner(tmp_path / "drill", poison)
+        shape = ["--standalone", "--nnodes", str(nodes), "--nproc-per-node", str(per_node)]
+        job = TrainingJob(
+            tmp_path / "job", [*shape, *launch], list(script), poisoner.environment
+        )
+        made.extend((poisoner, job))
+        job.poisoner = poisoner  # type: ignore[attr-defined]
+        return job
+
+    yield start
+    for thing in reversed(made):
+        (thing.stop if isinstance(thing, TrainingJob) else thing.close)()
+
+
+def bad_node(how: str, steps: range = range(3, 99), node: str = "node1") -> Any:
+    return lambda facts: how if facts["node"] == node and facts["step"] in steps else None
+
+
+def check_same(job: TrainingJob, ranks: int) -> None:
+    assert job.end() == 0, job.output
+    assert job.digests == [alone()] * ranks
+    assert job.steps == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("how", ["nan", "scale", "flip"])
+def test_a_rank_that_computes_wrong_is_evicted_and_nothing_of_it_stays(run: Run, how: str) -> None:
+    job = run(3, 1, *SCRIPT, poison=bad_node(how))
+    check_same(job, 2)
+    told = job.events("poisoned")
+    assert {(e["peer_node"], e["action"]) for e in told} == {("node1", "evicted")}
+    assert {e["how"] for e in told} == {"not finite" if how == "nan" else "differs"}
+    (lost,) = job.events("worker_lost")
+    assert (lost["node"], lost["cause"]) == ("node1", "computed a wrong gradient")
+    assert "node1 (rank 1) computed a gradient that is" in job.output
+    assert max(e["generation"] for e in job.events("view")) == 2  # its place stays empty
+
+
+def test_planted_without_a_check_a_flipped_sign_becomes_the_model(run: Run) -> None:
+    job = run(3, 1, poison=bad_node("flip", range(3, 4)))
+    assert job.end() == 0, job.output
+    assert set(job.digests) != {alone()}
+    assert not job.events("poisoned")
+
+
+def test_where_nobody_is_evicted_others_compute_the_leaf(run: Run) -> None:
+    job = run(3, 1, *SCRIPT, launch=("--poison", "report"), poison=bad_node("nan", range(2, 5)))
+    check_same(job, 3)
+    assert {e["action"] for e in job.events("poisoned")} == {"replaced"}
+    assert not job.events("worker_lost")
+
+
+def test_a_rank_whose_state_nobody_else_has_is_not_evicted(run: Run) -> None:
+    job = run(2, 1, *SCRIPT, "--parity", "0", poison=bad_node("nan", range(3, 4)))
+    check_same(job, 2)
+    assert {e["action"] for e in job.events("poisoned")} == {"replaced"}
+
+
+def test_two_ranks_of_one_node_are_told_apart(run: Run) -> None:
+    holders: list[int] = []
+
+    def poison(facts: Facts) -> str | None:
+        if facts["step"] == 3 and facts["node"] == "node0" and not holders:
+            holders.append(facts["holder"])
+        return "scale" if facts["holder"] in holders else None
+
+    job = run(2, 2, *SCRIPT, poison=poison)
+    check_same(job, 3)
+    assert {e["holder"] for e in job.events("worker_lost")} == set(holders)
+
+
+def test_a_model_that_diverges_says_so_and_blames_nobody(run: Run) -> None:
+    job = run(3, 1, *SCRIPT, poison=lambda facts: "nan" if facts["step"] == 3 else None)
+    assert job.end() == 1
+    assert "Diverged: step 3: the gradient of leaf" in job.output
+    assert job.events("diverged")
+    assert not job.events("poisoned")
+    assert job.steps == [1, 2, 3]
+
+
+# Hung.
+
+BEAT_S = 0.3
+FAST = ("--heartbeat", str(BEAT_S))
+
+
+@pytest.mark.parametrize("flaw", ["endless loop", "endless call", "never comes back"])
+def test_a_rank_that_does_not_come_is_evicted(run: Run, flaw: str) -> None:
+    job = run(3, 1, *SCRIPT, "--flaw", flaw, launch=FAST)
+    check_same(job, 2)
+    (lost,) = job.events("worker_lost")
+    assert lost["node"] == "node1"
+    assert "hung: others have waited" in lost["cause"]
+    timing = Timing(heartbeat_s=BEAT_S)
+    assert float(lost["cause"].split()[-2]) < timing.collective_s
+
+
+def test_a_slow_rank_stays_and_is_told_of(run: Run) -> None:
+    job = run(3, 1, "--flaw", "slow", "--pause", "0.1", "--steps", "20")
+    assert job.end() == 0, job.output
+    assert job.digests == [alone("--steps", "20")] * 3
+    (told,) = job.events("slow_rank")
+    assert told["peer_node"] == "node1"
+    assert told["ratio"] > 1.5
+    assert not job.events("rebalanced")
+    assert not job.events("worker_lost")
+
+
+def test_leaves_move_away_from_a_slow_rank_and_change_no_bit(run: Run) -> None:
+    script = ("--flaw", "slow", "--pause", "0.1", "--steps", "20")
+    job = run(3, 1, *script, launch=("--rebalance",))
+    assert job.end() == 0, job.output
+    assert job.digests == [alone("--steps", "20")] * 3
+    weights = job.events("rebalanced")[-1]["weights"]
+    assert weights[1] < 0.7 * min(weights[0], weights[2])
