@@ -44,11 +44,16 @@ class Seats:
 
 @dataclass(slots=True)
 class Peer:
-    """Another agent: whether it is linked, what it says of itself, whether it wants to be in."""
+    """Another agent: whether it is linked, what it says of itself, whether it wants to be in.
+
+    out: a view went on without it; it comes back as a new agent, or its old wish, heard before it
+    froze, would take it in again and again.
+    """
 
     connected: bool = False
     member: Member | None = None
     wants: bool = False
+    out: bool = False
 
 
 class Roster:
@@ -93,8 +98,9 @@ class Roster:
             if member.agent not in suspects or self.finished(member.agent)
         ]
         asking = [
-            m for m in self._there() if m.agent not in view.agents and self.peers[m.agent].wants
-        ]
+            m for m in self._there() if m.agent not in view.agents
+            and self.peers[m.agent].wants and not self.peers[m.agent].out
+        ]  # fmt: skip
         coming = asking[: max(0, seats.all - len(kept))]
         return seats.taken((*kept, *(replace(member, spare=True) for member in coming)))
 
@@ -107,6 +113,8 @@ class Roster:
         """A view was learnt: forget whom it does not need, remember where the lost were."""
         for member in before.members if before else ():
             self.lost[(member.host, member.port)] = None
+            if member.agent in self.peers and member.agent not in view.agents:
+                self.peers[member.agent].out = True
         for member in view.members:
             self.lost.pop((member.host, member.port), None)
         for address in list(self.lost)[:-LOST_MAX]:
