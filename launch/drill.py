@@ -298,6 +298,9 @@ def _print(
     runs: tuple[RunRecord, RunRecord | None],
 ) -> None:  # fmt: skip
     console.print(table(result["events"], console.width))
+    for entry in result["events"]:
+        if entry["why"]:
+            console.print(f"{entry['order']}: {entry['why']}", style="yellow", highlight=False)
     for loss in result["unplanned"]:
         console.print(f"not planned, at {loss}", style="yellow", highlight=False)
     for name, wrong in result["violations"].items():

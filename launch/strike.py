@@ -234,7 +234,7 @@ class Striker:
             name = SIGNS.get(order.kind, "worker_lost")
             who = {"pid": aim.pid} if name == "worker_lost" else {}
             who |= {"node": node} if order.kind in ("slow", "poison") else {}
-            limit_s = RETURN_LIMIT_S if name == "worker_lost" else EFFECT_LIMIT_S
+            limit_s = EFFECT_LIMIT_S if name in SIGNS.values() else RETURN_LIMIT_S
             struck.sign = job.watch.until(
                 lambda: job.watch.event(name, fault.time - 1, **who), f"'{name}' of {node}",
                 limit_s, 0.005,
@@ -243,8 +243,9 @@ class Striker:
             struck.why = str(error)
             return
         holders = fault.holders
-        if name == "worker_lost":
-            holders = (int(struck.sign["holder"]),)
+        lost = job.watch.event("worker_lost", fault.time - 1, pid=aim.pid)
+        if lost is not None and order.kind != "poison":
+            holders = (int(lost["holder"]),)
         struck.fault = Fault(fault.time, fault.kind, fault.label, node, fault.agents, holders)
         if order.kind == "poison":
             self._replace(aim)

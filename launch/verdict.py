@@ -179,37 +179,33 @@ def unplanned(run: RunRecord, faults: Sequence[Fault]) -> list[str]:
 def table(told_faults: Sequence[Mapping[str, Any]], width: int) -> Table:
     """One row per fault: what was lost, where its state came from, how long each phase took.
 
-    On a terminal of less than WIDE columns, and for few faults, the table is shown on its side.
+    On a terminal of less than WIDE columns the phases are added up; the report has them all.
     """
-    names = ["step", "event", "lost", "rung", *(f"{phase} ms" for phase in PHASES)]
-    names += ["to commit ms", "steps redone", "verdict"]
-    rows = [_cells(entry) for entry in told_faults]
+    wide = width >= WIDE
+    phases = [f"{phase} ms" for phase in PHASES] if wide else ["recovery ms"]
+    names = ["step", "fault", "lost", "rung", *phases, "to commit ms", "redone", "verdict"]
     shown = Table(title="Faults and recoveries", title_justify="left", box=SIMPLE_HEAD)
-    if width >= WIDE or len(rows) > width // 20:
-        for index, name in enumerate(names):
-            right = index == 0 or 3 < index < len(names) - 1
-            shown.add_column(name.replace(" ", "\n"), justify="right" if right else "left")
-        for row in rows:
-            shown.add_row(*row)
-    else:
-        shown.add_column("")
-        for row in rows:
-            shown.add_column(f"step {row[0]}")
-        for index, name in enumerate(names[1:], 1):
-            shown.add_row(name, *(row[index] for row in rows))
+    for index, name in enumerate(names):
+        right = index == 0 or 3 < index < len(names) - 1
+        shown.add_column(name.replace(" ", "\n"), justify="right" if right else "left")
+    for entry in told_faults:
+        shown.add_row(*_cells(entry, wide))
     return shown
 
 
-def _cells(entry: Mapping[str, Any]) -> list[str]:
+def _cells(entry: Mapping[str, Any], wide: bool) -> list[str]:
     if "fault" not in entry:
-        return ["", entry["order"], *[""] * (len(PHASES) + 4), f"[yellow]{entry['why']}[/yellow]"]
+        blank = [""] * ((len(PHASES) if wide else 1) + 4)
+        word = "not run" if entry["why"].startswith("not run") else "failed"
+        return ["", entry["order"], *blank, f"[yellow]{word}[/yellow]"]
     commit, redone = entry["to_commit_ms"], entry["steps_redone"]
+    phases = list(entry["phases_ms"].values())
     return [
         str(entry["step"]), entry["fault"], entry["lost"], entry["rung"],
-        *(f"{ms:.0f}" for ms in entry["phases_ms"].values()),
+        *(f"{ms:.0f}" for ms in (phases if wide else [sum(phases)])),
         f"{commit:.0f}" if commit is not None else "",
         str(redone) if redone is not None else "",
-        "[green]passed[/green]" if entry["passed"] else f"[red]no effect: {entry['why']}[/red]",
+        "[green]passed[/green]" if entry["passed"] else "[red]no effect[/red]",
     ]  # fmt: skip
 
 
