@@ -133,6 +133,25 @@ def drill(**options: Any) -> None:
     sys.exit(run_drill(config_of(options), Console(), as_json))
 
 
+@commands.command("plan-stripes")
+@click.option("--nodes", default=0, help="Nodes of the job [default: those of --topology].")
+@click.option("--nproc-per-node", default=1, help="Workers of each.")
+@click.option("--parity", default=1, help="Parity units of a stripe: nodes that may be lost.")
+@click.option("--group", default=16, help="Most members of a group.")
+@click.option("--topology", default="", metavar="FILE", help='[racks], rack = ["node", ...].')
+@click.option("--bytes-per-node", default="32GB", help="State of a node.", show_default=True)
+@click.option("-p", "probability", type=click.FloatRange(0, 1), multiple=True, default=(1e-4,),
+              help="Probability that a node is lost in one window; may be given often.")
+@click.option("--json", "as_json", metavar="FILE", help="Write the plan here, too.")
+def plan_stripes(**options: Any) -> None:
+    """Show where parity would lie, what it costs, and which losses it survives."""
+    from rich.console import Console
+
+    from outlast.launch.plan_stripes import plan_stripes
+
+    plan_stripes(options, Console())
+
+
 def config_from_options(options: dict[str, Any]) -> LaunchConfig:
     """The config behind the flags; raises Misuse."""
     low, high = node_range(options["nnodes"])
