@@ -159,9 +159,8 @@ class Graveyard:
 
     def __init__(self) -> None:
         self._parked: list[Communicator] = []
-        self._sweeping = False
         self._pause_s = 0.1
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
 
     def bury(self, communicator: Communicator) -> None:
         """Interrupt a group and drop it, now or as soon as it is quiet; never blocks.
@@ -171,27 +170,32 @@ class Graveyard:
         """
         communicator.interrupt()
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(communicator))
-        with self._lock:
+        with self._changed:
             self._parked.append(communicator)
-            if self._sweeping:
+            if len(self._parked) > 1:
                 return
-            self._sweeping = True
         threading.Thread(target=self._sweep, name="outlast-graveyard", daemon=True).start()
+
+    def close(self, limit_s: float) -> None:
+        """Wait until nothing is left, at most so long: a group that is dropped while the
+        interpreter ends would abort the process."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._parked, limit_s)
 
     def _sweep(self) -> None:
         # Dropping a group joins gloo's threads (10 ms): off the critical path, in this thread. What
         # hangs ends by gloo's own timeout at the latest.
         while True:
-            with self._lock:
-                quiet = [group for group in self._parked if group.retired()]
-                self._parked = [group for group in self._parked if group not in quiet]
-                self._sweeping = bool(self._parked)
+            quiet = [group for group in list(self._parked) if group.retired()]
             for group in quiet:
                 group.drop()
                 ctypes.pythonapi.Py_DecRef(ctypes.py_object(group))
-            del quiet
-            if not self._sweeping:
-                return
+            with self._changed:
+                self._parked = [group for group in self._parked if group not in quiet]
+                del quiet
+                self._changed.notify_all()
+                if not self._parked:
+                    return
             time.sleep(self._pause_s)
 
 

@@ -215,6 +215,7 @@ class AgentLink:
         self.send(kind="finished")
         if self._current is not None:
             self._current.bury(self._graveyard)
+        self._graveyard.close(self.identity.timing.silence_s)
 
     def _answer(self, kind: str, deadline_s: float) -> tuple[dict[str, Any], list[int]]:
         with self._state:
