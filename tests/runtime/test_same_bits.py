@@ -24,6 +24,7 @@ def check_same(job: TrainingJob, ranks: int, *script: str) -> None:
     assert len(job.digests) >= ranks, job.output
     assert set(job.digests) == {alone(*script)}, job.output
     assert job.steps == list(range(1, STEPS + 1))
+    assert "terminate called" not in job.output, "a thread of gloo outlived the interpreter"
 
 
 @pytest.mark.parametrize(
