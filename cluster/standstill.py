@@ -10,7 +10,8 @@ for its *patience*:
 - in a leaf: 10 times the longest leaf that it has completed, at least `stall_s`, so that a rank
   that becomes 10 times slower from one leaf to the next is not taken for hung;
 - in its first leaf, which may compile, and between two steps: `stalled_s`, just below the deadline
-  of the collective in which the others wait, and which the job would not survive.
+  of the collective in which the others wait, and which the job would not survive;
+- silent, so that nobody knows where it is by now: as in a leaf, counted from its last word.
 """
 
 from collections.abc import Collection
@@ -31,6 +32,7 @@ class _Seen:
     in_leaf: bool
     longest_s: float
     since: float  # when this was new
+    heard: float  # when it was said last
 
 
 class Standstill:
@@ -48,7 +50,9 @@ class Standstill:
         """A worker's reading; leaf_s: whether it is in a leaf, and its longest so far."""
         before = self._seen.get(holder)
         if before is None or (before.position, before.count) != (position, count):
-            self._seen[holder] = _Seen(position, count, *leaf_s, now)
+            self._seen[holder] = _Seen(position, count, *leaf_s, now, now)
+        else:
+            before.heard = now
 
     def waited(self, position: Position, since: float) -> None:
         """Somebody, somewhere, waits at `position` since then."""
@@ -59,7 +63,7 @@ class Standstill:
     def forgive(self, now: float) -> None:
         """This process was held up itself: nothing that it has seen so far counts."""
         for seen in self._seen.values():
-            seen.since = now
+            seen.since = seen.heard = now
         self._waited = dict.fromkeys(self._waited, now)
 
     def watch(self, holders: Collection[int]) -> None:
@@ -84,14 +88,16 @@ class Standstill:
         found = []
         for holder, seen in self._seen.items():
             later = [since for at, since in self._waited.items() if at > seen.position]
-            patience = self._patience(seen)
-            inside = seen.position[1] & 1
-            if later and not inside and now - seen.since >= patience <= now - min(later):
+            silent = now - seen.heard >= self._timing.silence_s
+            patience = self._patience(seen, silent)
+            stood = now - (seen.heard if silent else seen.since)
+            inside = seen.position[1] & 1 and not silent
+            if later and not inside and stood >= patience <= now - min(later):
                 found.append((holder, now - min(later)))
         return found
 
-    def _patience(self, seen: _Seen) -> float:
+    def _patience(self, seen: _Seen, silent: bool) -> float:
         timing = self._timing
-        if not (seen.in_leaf and seen.longest_s):
+        if not ((seen.in_leaf or silent) and seen.longest_s):
             return timing.stalled_s
         return min(max(timing.stall_s, SLOWER * seen.longest_s), timing.stalled_s)

@@ -85,12 +85,23 @@ def test_a_later_generation_waits_for_an_earlier_one() -> None:
 
 def test_nobody_who_waits_too_or_is_further_is_blamed() -> None:
     agent = Standstill(TIMING)
-    agent.pong(1, (1, 3), 5, (False, 0.1), 0.0)
-    agent.pong(2, (1, 4), 5, (True, 0.1), 0.0)
+    for now in (0.0, 98.0):
+        agent.pong(1, (1, 3), 5, (False, 0.1), now)
+        agent.pong(2, (1, 4), 5, (True, 0.1), now)
     agent.waited((1, 3), 0.0)
     assert agent.hung(99.0) == []
     agent.waited((1, 5), 0.0)
     assert [holder for holder, _ in agent.hung(99.0)] == [2]
+
+
+def test_a_silent_worker_is_hung_wherever_it_was_heard_last() -> None:
+    """It holds the GIL since a moment after it had told that it was inside."""
+    agent = Standstill(TIMING)
+    agent.waited((1, 5), 10.0)
+    agent.pong(1, (1, 3), 5, (False, 0.1), 0.0)
+    agent.pong(1, (1, 3), 5, (False, 0.1), 9.0)
+    assert not agent.hung(9.0 + TIMING.stall_s)  # the others have not waited so long
+    assert agent.hung(10.0 + TIMING.stall_s)
 
 
 def test_a_sign_of_progress_counts() -> None:

@@ -144,7 +144,10 @@ BEAT_S = 0.3
 FAST = ("--heartbeat", str(BEAT_S))
 
 
-@pytest.mark.parametrize("flaw", ["endless loop", "endless call", "never comes back"])
+@pytest.mark.parametrize(
+    "flaw",
+    ["endless loop", "endless call", pytest.param("never comes back", marks=pytest.mark.long)],
+)
 def test_a_rank_that_does_not_come_is_evicted(run: Run, flaw: str) -> None:
     job = run(3, 1, *SCRIPT, "--flaw", flaw, launch=FAST)
     check_same(job, 2)
@@ -156,9 +159,9 @@ def test_a_rank_that_does_not_come_is_evicted(run: Run, flaw: str) -> None:
 
 
 def test_a_slow_rank_stays_and_is_told_of(run: Run) -> None:
-    job = run(3, 1, "--flaw", "slow", "--pause", "0.1", "--steps", "20")
+    job = run(3, 1, "--flaw", "slow", "--pause", "0.05", "--steps", "14")
     assert job.end() == 0, job.output
-    assert job.digests == [alone("--steps", "20")] * 3
+    assert job.digests == [alone("--steps", "14")] * 3
     (told,) = job.events("slow_rank")
     assert told["peer_node"] == "node1"
     assert told["ratio"] > 1.5
@@ -167,9 +170,9 @@ def test_a_slow_rank_stays_and_is_told_of(run: Run) -> None:
 
 
 def test_leaves_move_away_from_a_slow_rank_and_change_no_bit(run: Run) -> None:
-    script = ("--flaw", "slow", "--pause", "0.1", "--steps", "20")
+    script = ("--flaw", "slow", "--pause", "0.05", "--steps", "14")
     job = run(3, 1, *script, launch=("--rebalance",))
     assert job.end() == 0, job.output
-    assert job.digests == [alone("--steps", "20")] * 3
+    assert job.digests == [alone("--steps", "14")] * 3
     weights = job.events("rebalanced")[-1]["weights"]
     assert weights[1] < 0.7 * min(weights[0], weights[2])
