@@ -81,6 +81,9 @@ class Code:
         )
         inputs = [data[index] for index in sorted(data)] + [parity[row] for row in rows]
         wanted = sorted(lost)
+        # Data may end early, parity never does: what it lacks would count as zeros.
+        whole = max((len(unit) for unit in lost.values()), default=0)
+        assert all(len(parity[row]) >= whole for row in rows), "parity is shorter than its stripe"
         self._fill(tuple(solved[i] for i in wanted), inputs, [lost[i] for i in wanted])
 
     def _fill(self, rows: Rows, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:

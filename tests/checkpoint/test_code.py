@@ -220,6 +220,8 @@ def test_more_losses_than_parity_are_refused() -> None:
         Code(3, 2).decode({0: some}, {1: some}, {2: out, 1: out})
     with pytest.raises(StateLost):
         Code(2, 1).decode({0: some}, {}, {1: out})
+    with pytest.raises(AssertionError, match="shorter than its stripe"):
+        Code(2, 1).decode({0: some}, {0: some[:3]}, {1: out})
     for k, m in [(0, 1), (3, 0), (250, 6)]:
         with pytest.raises(Misuse, match="no code of"):
             Code(k, m)
