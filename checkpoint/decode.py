@@ -15,14 +15,14 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import TypeVar
 
 from outlast.checkpoint.protection import record_stripes
 from outlast.checkpoint.records import ParityRecord, Report, StateShape
 from outlast.checkpoint.stream import stream_parts
 from outlast.layout.layout import Layout
-from outlast.layout.run import Run, subtract, union
+from outlast.layout.run import Run
 from outlast.layout.stripe import Stripe
 
 
@@ -127,6 +127,9 @@ def _by_window(
         size = width[part.role]
         stop = part.at + part.run.numel * size
         at, index = part.at, bisect_right(edges, part.at) - 1
+        if 0 <= index < len(found) and stop <= edges[index + 1]:
+            found[index].append(part)
+            continue
         if index < 0:
             at, index = edges[0], 0
         while at < stop and index < len(found):
@@ -166,8 +169,10 @@ def decodes(
         record = records[generation]
         layout = Layout.from_json(record.layout)
         runs = {holder: layout.runs(holder) for holder in layout.holders}
+        lacking = {holder for holder in runs if work.lacks(runs[holder])}
         for stripe in record_stripes(shape, record):
-            work.decode(stripe, runs, rows.get((generation, stripe.index), {}))
+            if any(piece.holder in lacking for piece in stripe.data):
+                work.decode(stripe, runs, rows.get((generation, stripe.index), {}))
     return tuple(work.made)
 
 
@@ -182,9 +187,13 @@ class _Decoding:
         self._widths = shape.widths
         self._ranks = list(missing)
         self._held = _Cover([source.held for source in readable])
-        self._wanted = _Cover([missing[rank] for rank in self._ranks])
-        self._found: dict[str, tuple[Run, ...]] = {role.name: () for role in shape.roles}
+        wanted = [missing[rank] for rank in self._ranks]
+        self._wanted = {role.name: _Cover(wanted) for role in shape.roles}
         self._load: Counter[int] = Counter()  # rank -> bytes that it receives
+
+    def lacks(self, runs: Iterable[Run]) -> bool:
+        """Whether some of `runs` is in no slot."""
+        return any(index < 0 for run in runs for _, _, index in self._held.pieces(run))
 
     def decode(
         self,
@@ -207,7 +216,10 @@ class _Decoding:
                         where = (source.src, source.source)
                         inputs.append(Part(unit, at, role, Run.of(start, stop), *where))
                     else:
-                        gaps.append((at, end, unit))
+                        if gaps and gaps[-1][1:] == (at, unit):
+                            gaps[-1] = (gaps[-1][0], end, unit)
+                        else:
+                            gaps.append((at, end, unit))
                         outputs += self._outputs(unit, at, role, Run.of(start, stop))
                     at = end
         if outputs and rows:
@@ -216,11 +228,10 @@ class _Decoding:
     def _outputs(self, unit: int, at: int, role: str, gap: Run) -> Iterator[Output]:
         """Who wants what of a gap that lies `at` bytes from the start of its unit."""
         width = self._widths[role]
-        for rest in subtract([gap], self._found[role]):
-            for start, stop, index in self._wanted.pieces(rest):
-                if index >= 0:
-                    offset = at + (start - gap.start) * width
-                    yield Output(unit, offset, role, Run.of(start, stop), self._ranks[index])
+        for start, stop, index in self._wanted[role].pieces(gap):
+            if index >= 0:
+                offset = at + (start - gap.start) * width
+                yield Output(unit, offset, role, Run.of(start, stop), self._ranks[index])
 
     def _add(
         self,
@@ -271,9 +282,8 @@ class _Decoding:
         decode = replace(draft, decoder=decoder, parity=tuple(choice[:count]))
         for src, dst, moved in decode.moved(self._shape):
             self._load[dst] += moved * (src != dst)
-        by_role = sorted(decode.outputs, key=lambda output: output.role)
-        for role, group in groupby(by_role, key=lambda output: output.role):
-            self._found[role] = union(self._found[role], [output.run for output in group])
+        for output in decode.outputs:
+            self._wanted[output.role].forget(output.run)
         self.made.append(decode)
 
 
@@ -291,6 +301,18 @@ class _Cover:
         for (start, stop), index in reversed(pairs):
             first, last = place[start], place[stop]
             self._owner[first:last] = [index] * (last - first)
+
+    def forget(self, run: Run) -> None:
+        """From now on nobody has a plain run."""
+        first, last = self._edge(run.start), self._edge(run.stop)
+        self._owner[first:last] = [-1] * (last - first)
+
+    def _edge(self, point: int) -> int:
+        index = bisect_left(self._points, point)
+        if self._points[index : index + 1] != [point]:
+            self._owner.insert(index, self._owner[index - 1] if index else -1)
+            self._points.insert(index, point)
+        return index
 
     def pieces(self, run: Run) -> Iterator[tuple[int, int, int]]:
         """(start, stop, index) of a plain run in order, -1 where nobody has it."""

@@ -4,7 +4,7 @@ These records travel through shared memory and between ranks as JSON, so everyth
 number, a string, or a list of them; runs are written as pairs [start, stop)."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from outlast.layout.run import Run
@@ -18,6 +18,11 @@ def pack_runs(runs: Iterable[Run]) -> list[tuple[int, int]]:
 def unpack_runs(pairs: Iterable[tuple[int, int]]) -> tuple[Run, ...]:
     """Inverse of `pack_runs`."""
     return tuple(Run.of(start, stop) for start, stop in pairs)
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass as they are: `asdict` would copy whole layouts, run by run."""
+    return {each.name: getattr(record, each.name) for each in fields(record)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +70,8 @@ class SlotRecord:
     losses: list[float]  # loss of each leaf of the step
 
     def as_json(self) -> dict[str, Any]:
-        packed = {"owned": pack_runs(self.owned), "held": pack_runs(self.held)}
-        return asdict(self) | packed
+        runs = {"owned": pack_runs(self.owned), "held": pack_runs(self.held)}
+        return _fields(self) | runs
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "SlotRecord":
@@ -88,7 +93,7 @@ class Protection:
     edges: tuple[Run, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"edges": pack_runs(self.edges)}
+        return _fields(self) | {"edges": pack_runs(self.edges)}
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "Protection":
@@ -119,7 +124,8 @@ class ParityRecord:
     units: tuple[ParityUnit, ...]
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"protection": self.protection.as_json()}
+        units = [_fields(unit) for unit in self.units]
+        return _fields(self) | {"units": units, "protection": self.protection.as_json()}
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "ParityRecord":
@@ -178,10 +184,11 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         slots = [
-            asdict(slot) | {"owned": pack_runs(slot.owned), "held": pack_runs(slot.held)}
+            _fields(slot) | {"owned": pack_runs(slot.owned), "held": pack_runs(slot.held)}
             for slot in self.slots
         ]
-        return asdict(self) | {"slots": slots}
+        parity = [{"own": each.own, "record": each.record.as_json()} for each in self.parity]
+        return _fields(self) | {"slots": slots, "parity": parity}
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "Report":
