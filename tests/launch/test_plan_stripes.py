@@ -27,7 +27,7 @@ def test_plan_of_racks(tmp_path: Path) -> None:
         "--bytes-per-node=32GB", "-p", "1e-4", "-p", "1e-3", f"--json={written}",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "any one of 4 is survived" in result.output
+    assert "one of 4 whole racks: any one is survived" in result.output
     assert "n0, n2, n4, n6, n8, n10, n12, n14" in result.output
     plan = json.loads(written.read_text())
     assert [(group["k"], group["m"], len(group["domains"])) for group in plan["groups"]] == [
@@ -44,7 +44,7 @@ def test_racks_that_cannot_be_survived_are_named(tmp_path: Path) -> None:
     topology = tmp_path / "racks.toml"
     topology.write_text('[racks]\nbig = ["a", "b", "c"]\nsmall = ["d"]\n')
     result = planned(f"--topology={topology}", "--parity=1")
-    assert "fatal for 1 of 2 (big)" in result.output
+    assert "one of 2 whole racks: fatal for big" in result.output
 
 
 def test_nothing_is_protected_without_parity() -> None:
