@@ -81,12 +81,14 @@ def prepare(link: Link, task: Task, how: Redundancy) -> tuple[Run, nn.Module]:
         if task.adam
         else partial(torch.optim.SGD, lr=0.05, momentum=0.9)
     )
-    options: dict[str, Any] = {"zero": how.zero, "parity": how.parity, "group": how.group}
-    options["spot_check"] = how.spot_check
-    known = Run.prepare.__kwdefaults__ or {}
-    given = {name: value for name, value in options.items() if name in known}
+    safety: Any = {"parity": how.parity, "group": how.group, "spot_check": how.spot_check}
     model = run.prepare(
-        Model(), optimizer=optimizer, clip=task.clip, schedule=lambda step: 1 / (1 + step), **given
+        Model(),
+        optimizer=optimizer,
+        zero=how.zero,
+        clip=task.clip,
+        schedule=lambda step: 1 / (1 + step),
+        **safety,
     )
     return run, model
 

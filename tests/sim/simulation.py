@@ -48,6 +48,8 @@ class Sound:
 
     def failed(self, process: Process, error: BaseException) -> None:
         """A script ended in an exception."""
+        if isinstance(error, Violation):
+            raise error
         if isinstance(error, StateLost):
             self.refused = str(error)
         elif not isinstance(error, JobComplete):
@@ -59,7 +61,7 @@ def shape_of(random: Random) -> Shape:
     nodes = random.choice([2, 3, 3, 4, 4, 5, 6])
     workers = random.choice([1, 1, 2]) if nodes < 5 else 1
     zero, parity = random.choice([0, 1, 2, 2, 2]), random.choice([0, 1, 1, 2])
-    how = Redundancy(zero=zero, parity=parity, group=random.choice([2, 3, 16]))
+    how = Redundancy(zero=zero, parity=parity, group=random.choice([max(2, parity + 1), 4, 16]))
     return Shape(nodes, workers, random.choice(TASKS), how)
 
 

@@ -14,6 +14,7 @@ from sim.job import Job
 from sim.world import Process, Strand
 
 CALM_S = 150.0  # after the last fault the job must end within so long
+GIVE_UP_S = 500.0  # a job without a quorum ends when the last agent has given up looking for it
 
 
 class Swarm:
@@ -31,7 +32,8 @@ class Swarm:
         self._rate = self.random.choice([0.2, 1.0, 3.0])
         self._hot = 0.0  # until then faults are likely: a cascade
         self._away: set[int] = set()  # machines that are down, stopped or cut off
-        self.world.limit_s = CALM_S
+        self._calm_s = GIVE_UP_S if wild else CALM_S
+        self.world.limit_s = self._calm_s
         for _ in range(self.left if self.random.random() < 0.5 else 0):
             self.world.at(6 * self.random.random(), None, self._strike, None)
 
@@ -60,7 +62,7 @@ class Swarm:
                 self.world.pause(0)  # who was killed or stopped here goes no further
 
     def _extend(self) -> None:
-        self.world.limit_s = self.world.now + CALM_S
+        self.world.limit_s = self.world.now + self._calm_s
 
     def _later(self, seconds: float, act: Callable[[], None]) -> None:
         def done() -> None:
@@ -140,7 +142,8 @@ class Swarm:
         self._away.add(node)
         if silent:
             self.job.network.dead.add(node)
-        if self.random.random() < 0.8:
+        founded = self.bound.founded  # before, the job waits for all its nodes
+        if self.random.random() < (0.8 if founded else 1.0):
             self._later(0.2 + 6 * self.random.random(), lambda: self._boot(node))
         victims = self.job.workers(node) if silent else []
         for victim in [v for v in victims if v is not process]:
@@ -208,6 +211,8 @@ class Swarm:
 
     def cut(self, process: Process | None) -> bool:
         """The connections of two agents end, and may be made again."""
+        if len(self.job.agents) < 2:
+            return False
         a, b = self.random.sample(list(self.job.agents), 2)
         self.job.wires.cut(a, b)
         return self._told("cut", (a, b))

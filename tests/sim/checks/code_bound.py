@@ -37,6 +37,11 @@ class CodeBound:
         spare = owners - 1 if self._how.zero == 0 else min(self._how.parity, owners - 1)
         return len(self.lost()) + more > spare
 
+    @property
+    def founded(self) -> bool:
+        """Whether there is a first view."""
+        return self._newest is not None
+
     def spoilt(self, agent: str, *, dead: bool) -> None:
         """What this agent keeps is gone for good, or corrupt until it is made again."""
         if dead:
