@@ -152,6 +152,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=int, default=20, help="steps")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient; 0 for no clipping")
     add("--zero", type=int, choices=(0, 1, 2), default=2)
+    add("--parity", type=int, default=1, help="nodes that may be lost at once")
+    add("--group", type=int, default=16, help="most members of a parity group")
+    add("--spot-check", type=int, default=0, help="steps between two leaves computed twice")
     add("--dtype", choices=("fp32", "bf16"), default="fp32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
@@ -181,6 +184,8 @@ def prepare(run: outlast.Run, args: argparse.Namespace) -> tuple[nn.Module, int]
         network,
         optimizer=adamw,
         zero=args.zero,
+        parity=args.parity,
+        group=args.group,
         clip=args.clip or None,
         schedule=schedule(args.warmup, args.steps),
         dtype=torch.bfloat16 if args.dtype == "bf16" else None,

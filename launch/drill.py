@@ -29,7 +29,13 @@ from outlast.cluster.failpoint import RECOVERY, STEP
 from outlast.launch.drilled_job import RETURN_LIMIT_S, DrilledJob, DrillFailed, Shape
 from outlast.launch.fault import DRAWN, KINDS, Salvo, draw, parse
 from outlast.launch.namespaces import Namespaces, missing
-from outlast.launch.report import load_run, read_lines, write_report
+from outlast.launch.report import (
+    FAULTS_FILE,
+    METRICS_FILE,
+    load_run,
+    read_lines,
+    write_report,
+)  # fmt: skip
 from outlast.launch.strike import Striker, Struck
 from outlast.launch.timeline import RunRecord
 from outlast.launch.trap import Traps
@@ -62,7 +68,7 @@ class DrillConfig:
         orders = [order for salvo in self.salvos for order in salvo]
         kinds = {*self.kinds, *(order.kind for order in orders)}
         used = {order.phase for order in orders} - {""}
-        used |= {"reduce"} if self.pace_s or "hang" in kinds else set()
+        used |= {"reduce"} if self.pace_s or "hang" in kinds or not self.mtbf_s else set()
         used |= {"leaf"} if "poison" in kinds else set()
         if self.rounds:  # any of them may be drawn
             used |= {*STEP, *RECOVERY}
@@ -121,9 +127,13 @@ class Drill:
             else:
                 for salvo in self._salvos():
                     self.job.await_strength(salvo[0].step)
+                    if self.config.rounds:  # at any moment of a step
+                        time.sleep(self.generator.uniform(0, max(self.config.pace_s, 0.2)))
                     self._strike(salvo)
+            self.job.over_is_news = False
             self.job.await_strength()
-            self.say(f"step {self.job.watch.step}: everything is back; to the end")
+            if not self.job.ended():
+                self.say(f"step {self.job.watch.step}: everything is back; to the end")
             self.job.traps.pace_s = 0.0
             self.job.await_end()
 
@@ -131,7 +141,6 @@ class Drill:
         yield from self.config.salvos
         for _ in range(self.config.rounds):
             yield draw(self.generator, self.config.kinds)
-            time.sleep(self.generator.uniform(0, 0.2))  # any moment of a step
 
     def poisson(self, duration_s: float) -> None:
         """Faults at random moments, `mtbf_s` apart in the mean; the clock starts at full
@@ -142,12 +151,12 @@ class Drill:
         while True:
             due += generator.expovariate(1 / self.config.mtbf_s)
             last = due > began + duration_s
-            self._wait_until(min(due, began + duration_s), 0 if last else QUORUM_NODES)
+            self.wait_until(min(due, began + duration_s), 0 if last else QUORUM_NODES)
             if last:
                 return
             self._strike(draw(generator, self.config.kinds)[:1])
 
-    def _wait_until(self, due: float, nodes: int) -> None:
+    def wait_until(self, due: float, nodes: int = 0) -> None:
         """Until a moment of the monotonic clock, and so many nodes at work."""
         job = self.job
 
@@ -253,19 +262,20 @@ def events_of(directory: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda event: float(event["time"]))
 
 
-def conclude(
-    config: DrillConfig, drill: Drill, ended: tuple[str, Sequence[str]], console: Console,
-    as_json: Path | None,
-) -> int:  # fmt: skip
-    """Judge, print, write; the exit code."""
-    failure, orphans = ended
+def judge(
+    drill: Drill, failure: str, orphans: Sequence[str], twin: Path | None
+) -> tuple[dict[str, Any], RunRecord]:
+    """The verdict on a drill that is over, and its story; `twin` are the logs of the twin.
+
+    Notes the faults beside the logs, so that a report can be made again.
+    """
+    logs = drill.job.out
     faults = [s.fault for s in drill.struck if s.fault is not None] + drill.striker.repairs
     noted = [dataclasses.asdict(fault) for fault in faults]
-    (config.out / "disturbed" / "faults.json").write_text(json.dumps(noted), encoding="utf-8")
-    run, events = load_run(config.out / "disturbed", faults), events_of(config.out / "disturbed")
-    twin_there = config.twin and not failure
-    twin_events = events_of(config.out / "twin") if twin_there else None
-    metrics = list(read_lines(config.out / "disturbed" / "metrics.jsonl"))
+    (logs / FAULTS_FILE).write_text(json.dumps(noted), encoding="utf-8")
+    run, events = load_run(logs, faults), events_of(logs)
+    twin_events = None if twin is None else events_of(twin)
+    metrics = list(read_lines(logs / METRICS_FILE))
     violations = promises(run, events, metrics, twin_events, orphans)
     if failure:
         violations["the drill came to its end"] = [failure]
@@ -277,10 +287,20 @@ def conclude(
         "lossy": announced(events), "events": entries, "violations": violations,
         "unplanned": unplanned(run, faults), "steps": drill.job.watch.step,
     }  # fmt: skip
+    return result, run
+
+
+def conclude(
+    config: DrillConfig, drill: Drill, ended: tuple[str, Sequence[str]], console: Console,
+    as_json: Path | None,
+) -> int:  # fmt: skip
+    """Judge, print, write; the exit code."""
+    failure, orphans = ended
+    twin = config.out / "twin" if config.twin and not failure else None
+    result, run = judge(drill, failure, orphans, twin)
     for path in filter(None, (config.out / "verdict.json", as_json)):
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    twin = load_run(config.out / "twin") if twin_there else None
-    _print(result, config, console, (run, twin))
+    _print(result, config, console, (run, load_run(twin) if twin else None))
     return exit_code(result)
 
 

@@ -15,11 +15,17 @@ from outlast.launch.watch import Watch
 START_LIMIT_S, RETURN_LIMIT_S, STEP_LIMIT_S, END_LIMIT_S = 300.0, 180.0, 600.0, 1800.0
 STABLE_COMMITS = 2  # of one generation: then the redundancy of the new layout is complete
 TAIL_LINES = 20
+# What a step takes at least while somebody is on the way back: a short script outlasts its faults.
+PATIENCE_S = 1.0
 Member = dict[str, Any]
 
 
 class DrillFailed(OutlastError):
     """The drill cannot go on; the text says why and where to look."""
+
+
+class TrainingOver(DrillFailed):
+    """The job has ended well while faults were still due."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +96,14 @@ class DrilledJob:
         for node, code in codes.items():
             if code and node not in self.excused:
                 raise DrillFailed(f"{node} ended with {code}; {self.tail(node)}")
-        if self.over_is_news and codes and all(code == 0 for code in codes.values()):
-            raise DrillFailed(
+        if self.over_is_news and self.ended():
+            raise TrainingOver(
                 "the training was over before the last fault: give it more steps, or --pace"
             )
+
+    def ended(self) -> bool:
+        """Whether every node that was not killed has ended well."""
+        return set(self.nodes.exit_codes().values()) == {0}
 
     def tail(self, node: str) -> str:
         """The end of what a node printed, with the place of the rest."""
@@ -130,13 +140,21 @@ class DrilledJob:
             TimeoutError, DrillFailed: they never will.
         """
         ranks = self.shape.nodes * self.shape.workers
+        pace_s = self.traps.pace_s
 
         def strong() -> bool | None:
             there = len(self.holders) == ranks and len(self.members) == len(self.names)
-            return True if there and self.stable() and self.watch.step >= step else None
+            stable = self.stable()
+            waiting = stable and not there  # what has recovered can wait, what has not is measured
+            self.traps.pace_s = max(pace_s, PATIENCE_S) if waiting else pace_s
+            over = self.ended() and not self.over_is_news
+            return True if over or (there and stable and self.watch.step >= step) else None
 
         limit_s = STEP_LIMIT_S + RETURN_LIMIT_S if self.watch.step else START_LIMIT_S
-        self.watch.until(strong, f"all {ranks} workers at step {step}", limit_s)
+        try:
+            self.watch.until(strong, f"all {ranks} workers at step {step}", limit_s)
+        finally:
+            self.traps.pace_s = pace_s
 
     def await_view(self, without: str | int, limit_s: float = RETURN_LIMIT_S) -> None:
         """Until an agent (its id) or a worker (its holder) is in the view no more."""
@@ -150,10 +168,8 @@ class DrilledJob:
     def await_end(self) -> None:
         """Until every node has ended well."""
         self.over_is_news = False
-        self.watch.until(
-            lambda: True if set(self.nodes.exit_codes().values()) == {0} else None,
-            "the end of the training", END_LIMIT_S,
-        )  # fmt: skip
+        what = "the end of the training"
+        self.watch.until(lambda: True if self.ended() else None, what, END_LIMIT_S)
         self.watch.look()
 
     def run_to_end(self, names: Sequence[str] = ()) -> None:
