@@ -19,10 +19,10 @@ from itertools import pairwise
 from typing import TypeVar
 
 from outlast.checkpoint.protection import record_stripes
-from outlast.checkpoint.records import ParityRecord, Report, StateShape
+from outlast.checkpoint.records import Lineage, ParityRecord, Report, StateShape
 from outlast.checkpoint.stream import stream_parts
 from outlast.layout.layout import Layout
-from outlast.layout.run import Run
+from outlast.layout.run import Run, subtract
 from outlast.layout.stripe import Stripe
 
 
@@ -147,12 +147,14 @@ def decodes(
     step: int,
     readable: Sequence[Readable],
     missing: Mapping[int, Sequence[Run]],
+    lineage: Lineage = (),
 ) -> tuple[Decode, ...]:
     """What the parity of `step` can give back of `missing`, that of newer generations first.
 
     Args:
         readable: all slots of that step; of several that hold an element the first is read.
         missing: rank -> runs that it needs and no slot holds; disjoint.
+        lineage: what parity that is older than an averaging of this step counts as lost.
     """
     records: dict[int, ParityRecord] = {}
     rows: dict[tuple[int, int], dict[int, list[Row]]] = {}  # (generation, stripe) -> row -> where
@@ -167,6 +169,8 @@ def decodes(
     work = _Decoding(shape, readable, missing)
     for generation in sorted(records, reverse=True):
         record = records[generation]
+        averaged = (a for a in lineage if a.step == step and a.generation > generation)
+        work.look(without=[run for averaging in averaged for run in averaging.runs])
         layout = Layout.from_json(record.layout)
         runs = {holder: layout.runs(holder) for holder in layout.holders}
         lacking = {holder for holder in runs if work.lacks(runs[holder])}
@@ -187,9 +191,16 @@ class _Decoding:
         self._widths = shape.widths
         self._ranks = list(missing)
         self._held = _Cover([source.held for source in readable])
+        self._without: list[Run] = []
         wanted = [missing[rank] for rank in self._ranks]
         self._wanted = {role.name: _Cover(wanted) for role in shape.roles}
         self._load: Counter[int] = Counter()  # rank -> bytes that it receives
+
+    def look(self, without: list[Run]) -> None:
+        """From now on count these runs as lost, whoever holds them."""
+        if without != self._without:
+            self._without = without
+            self._held = _Cover([subtract(source.held, without) for source in self._readable])
 
     def lacks(self, runs: Iterable[Run]) -> bool:
         """Whether some of `runs` is in no slot."""

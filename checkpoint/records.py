@@ -58,6 +58,51 @@ class StateShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Averaging:
+    """One lossy recovery, as every later record remembers it; see `checkpoint.average`.
+
+    Args:
+        step, generation: committed steps when it happened; the first generation that has it.
+        weights: of the block before and of the block after each of `units`, together 1.
+        runs: the elements that were averaged; none where a later exact recovery went back before
+            an averaging, and only the generation matters.
+        scalars: what the optimizer keeps per tensor, now, of these elements.
+    """
+
+    step: int
+    generation: int
+    kind: str
+    units: tuple[str, ...]
+    weights: tuple[tuple[float, float], ...]
+    runs: tuple[Run, ...]
+    scalars: dict[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        return _fields(self) | {"runs": pack_runs(self.runs)}
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> "Averaging":
+        typed = {
+            "units": tuple(fields["units"]),
+            "weights": tuple((before, after) for before, after in fields["weights"]),
+            "runs": unpack_runs(fields["runs"]),
+        }
+        return Averaging(**(fields | typed))
+
+
+Lineage = tuple[Averaging, ...]
+
+
+def _history(slot: "SlotRecord | SlotSource") -> dict[str, Any]:
+    return {"lineage": [averaging.as_json() for averaging in slot.lineage]}
+
+
+def _typed_history(fields: dict[str, Any]) -> dict[str, Any]:
+    lineage = tuple(Averaging.from_json(averaging) for averaging in fields["lineage"])
+    return {"lineage": lineage, "norms": tuple(fields["norms"])}
+
+
+@dataclass(frozen=True, slots=True)
 class SlotRecord:
     """What a committed half holds. `held` may exceed `owned` until the next parity is complete."""
 
@@ -68,15 +113,17 @@ class SlotRecord:
     sums: dict[str, list[int]]  # role -> xxh3-64 of each run of `held`
     scalars: dict[str, float]  # optimizer state that is one number for all elements
     losses: list[float]  # loss of each leaf of the step
+    norms: tuple[float, ...] = ()  # gradient norm of each unit before clipping, where averaging
+    lineage: Lineage = ()
 
     def as_json(self) -> dict[str, Any]:
         runs = {"owned": pack_runs(self.owned), "held": pack_runs(self.held)}
-        return _fields(self) | runs
+        return _fields(self) | runs | _history(self)
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "SlotRecord":
         runs = {key: unpack_runs(fields[key]) for key in ("owned", "held")}
-        return SlotRecord(**(fields | runs))
+        return SlotRecord(**(fields | runs | _typed_history(fields)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +193,8 @@ class SlotSource:
     held: tuple[Run, ...]
     scalars: dict[str, float]
     losses: tuple[float, ...]
+    norms: tuple[float, ...] = ()
+    lineage: Lineage = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +233,9 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         slots = [
-            _fields(slot) | {"owned": pack_runs(slot.owned), "held": pack_runs(slot.held)}
+            _fields(slot)
+            | {"owned": pack_runs(slot.owned), "held": pack_runs(slot.held)}
+            | _history(slot)
             for slot in self.slots
         ]
         parity = [{"own": each.own, "record": each.record.as_json()} for each in self.parity]
@@ -198,6 +249,7 @@ class Report:
                     slot
                     | {key: unpack_runs(slot[key]) for key in ("owned", "held")}
                     | {"losses": tuple(slot["losses"])}
+                    | _typed_history(slot)
                 )
             )
             for slot in fields["slots"]

@@ -72,6 +72,10 @@ class Progress:
             self.say(f"step {step}: {found}; it is {message.get('action')}")
         elif name == "slow_rank":
             self.say(f"{node} (rank {rank}) takes {message.get('ratio')} times as long as others")
+        elif name == "averaged":
+            units = message.get("units")
+            what = f"{_count(len(units), 'block')}" if isinstance(units, list) else "blocks"
+            self.say(f"step {step}: LOSSY: {what} averaged from the neighbours; training goes on")
         elif name == "rebalanced":
             self.say(f"leaves are dealt by speed, in rank order {message.get('weights')}")
 

@@ -33,7 +33,7 @@ import numpy as np
 
 from outlast.layout.rows import Ints, Rows
 from outlast.layout.run import Run, canonical
-from outlast.layout.space import Space
+from outlast.layout.space import Space, chains
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +143,7 @@ def deal(
     """Every unit dealt over all holders in contiguous pieces, in the order given, which turns by
     one from unit to unit.
 
-    Blocks of a chain (`Space.chains`) are cut alike. So where holders that follow each other, and
+    Blocks of a chain (`space.chains`) are cut alike. So where holders that follow each other, and
     the last and the first, are on different nodes, equal offsets of neighbouring blocks are, too:
     one lost node leaves the neighbours of whatever it held.
 
@@ -154,7 +154,7 @@ def deal(
     _check(holders, grain)
     count = len(holders)
     share = np.ones(count, dtype=np.int64)
-    chained = {index for chain in space.chains for index in chain}
+    chained = {index for chain in chains(space) for index in chain}
     if weights is not None:
         ratio = np.asarray(weights, dtype=np.float64)
         if len(ratio) != count or (ratio < 0).any() or not ratio.sum() > 0:

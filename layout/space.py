@@ -18,14 +18,14 @@ holders are and however many.
 >>> space.cuts(16).tolist()
 [0, 16, 28, 38]
 >>> stack = [Tensor(f"{unit}.bias", (4,), "float32") for unit in ("in", "h.0", "h.1", "h.2", "out")]
->>> Space.of(stack, unit_of=lambda name: name.removesuffix(".bias")).chains
+>>> chains(Space.of(stack, unit_of=lambda name: name.removesuffix(".bias")))
 ((1, 2, 3),)
 """
 
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -134,26 +134,6 @@ class Space:
         return [name for name in full if intersect([self.run(name)], held)]
 
     @cached_property
-    def chains(self) -> tuple[tuple[int, ...], ...]:
-        """Unit indices of blocks in a row, two or more: they are numbered on from each other
-        ("h.0", "h.1", ...) and hold tensors of equal names, shapes and dtypes."""
-        kinds = [self._kind(unit) for unit in self.units]
-        chained = groupby(range(len(kinds)), key=lambda i: (kinds[i], _number(self.units[i]) - i))
-        found = (tuple(group) for (kind, _), group in chained if kind is not None)
-        return tuple(chain for chain in found if len(chain) > 1)
-
-    def _kind(self, unit: Unit) -> Any:
-        """What blocks of one chain have in common; None for what is no block."""
-        prefix, _, number = unit.name.rpartition(".")
-        if not number.isdecimal() or not unit.numel:
-            return None
-        inside = [(t.name.removeprefix(unit.name), t.shape, t.dtype) for t in self._of(unit)]
-        return prefix, inside
-
-    def _of(self, unit: Unit) -> Iterator[Tensor]:
-        return (self.tensors[index] for index in unit.tensors)
-
-    @cached_property
     def _starts(self) -> Ints:
         return np.array([unit.start for unit in self.units if unit.numel], dtype=np.int64)
 
@@ -187,6 +167,24 @@ class Space:
         unit = {name: str(of) for name, _, _, of in plain["tensors"]}
         columns = ((str(n), tuple(map(int, shape)), str(d)) for n, shape, d, _ in plain["tensors"])
         return cls.of((Tensor(*fields) for fields in columns), unit.__getitem__)
+
+
+def chains(space: Space) -> tuple[tuple[int, ...], ...]:
+    """Unit indices of blocks in a row, two or more: they are numbered on from each other ("h.0",
+    "h.1", ...) and hold tensors of equal names, shapes and dtypes."""
+    kinds = [_kind(space, unit) for unit in space.units]
+    chained = groupby(range(len(kinds)), key=lambda i: (kinds[i], _number(space.units[i]) - i))
+    found = (tuple(group) for (kind, _), group in chained if kind is not None)
+    return tuple(chain for chain in found if len(chain) > 1)
+
+
+def _kind(space: Space, unit: Unit) -> Any:
+    """What blocks of one chain have in common; None for what is no block."""
+    prefix, _, number = unit.name.rpartition(".")
+    if not number.isdecimal() or not unit.numel:
+        return None
+    inside = [space.tensors[index] for index in unit.tensors]
+    return prefix, [(t.name.removeprefix(unit.name), t.shape, t.dtype) for t in inside]
 
 
 def _number(unit: Unit) -> int:

@@ -9,8 +9,10 @@ stretch of the unit that no cut ever divides, and then added exactly.
 communication buffers stay small against the model; padding and packing live in them alone."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,3 +188,25 @@ def grain_squares(gradient: Tensor, runs: Sequence[Run], grain: int) -> Tensor:
 def norm(squares: Sequence[float]) -> float:
     """Norm from the squares of all grains; the sum is exact, so their order does not matter."""
     return math.sqrt(math.fsum(squares))
+
+
+def unit_squares(
+    squares: Tensor, runs: Sequence[Run], grain: int, space: Space
+) -> dict[int, float]:
+    """Unit index -> sum of the squares of its grains in `runs`, which `grain_squares` made."""
+    starts = [unit.start for unit in space.units if unit.numel]
+    numbers = [index for index, unit in enumerate(space.units) if unit.numel]
+    sums: dict[int, float] = {}
+    counts = [-(-run.length // grain) for run in runs]
+    for run, part in zip(runs, torch.split(squares.double().cpu(), counts), strict=True):
+        unit = numbers[bisect_right(starts, run.start) - 1]
+        sums[unit] = sums.get(unit, 0.0) + float(part.sum())
+    return sums
+
+
+def unit_norms(heads: Sequence[Mapping[str, Any]], units: int) -> tuple[float, ...]:
+    """Gradient norm of every unit, from the "squares" of all ranks; nothing without them."""
+    if not all("squares" in head for head in heads):
+        return ()
+    parts = [[head["squares"].get(str(unit), 0.0) for head in heads] for unit in range(units)]
+    return tuple(norm(part) for part in parts)

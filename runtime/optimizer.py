@@ -105,8 +105,80 @@ def _scheduler(schedule: ScheduleFactory | None, optimizer: Optimizer) -> LRSche
     return made
 
 
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """Elements that have made the same steps: all that a job began with, or what was averaged.
+
+    Args:
+        rate: factor of the learning rate.
+        scalars: per-tensor numbers after the step that is held.
+        started: whether it has made any step.
+    """
+
+    rate: float
+    scalars: dict[str, float]
+    started: bool
+
+
+class CohortOptimizer:
+    """An optimizer of its own for every cohort, each over the views that belong to it.
+
+    Args:
+        factory: parameters -> optimizer.
+        state: what `discover` found.
+    """
+
+    def __init__(self, factory: OptimizerFactory, state: OptimizerState) -> None:
+        self._factory, self.state = factory, state
+        self._parts: list[tuple[Cohort, ShardOptimizer, list[int]]] = []
+        self.base_rate = float(factory([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"])
+
+    def rebuild(
+        self, views: Sequence[Tensor], cohorts: Sequence[Cohort], members: Sequence[int]
+    ) -> None:
+        """Start over on other runs.
+
+        Args:
+            views: the parameters, float vectors; view i belongs to cohort `members[i]`.
+        """
+        self._parts = []
+        for number, cohort in enumerate(cohorts):
+            mine = [i for i, member in enumerate(members) if member == number]
+            shard = ShardOptimizer(self._factory, self.state)
+            chosen = [views[i] for i in mine] or [_probe(view) for view in views[:1]]
+            shard.rebuild(chosen, cohort.scalars, cohort.started)
+            self._parts.append((cohort, shard, mine))
+
+    def step(
+        self,
+        views: Sequence[Tensor],
+        roles: Sequence[dict[str, Tensor]],
+        grads: Sequence[Tensor],
+        rate: float,
+    ) -> list[dict[str, float]]:
+        """Update in place; see `ShardOptimizer.step`. A rank that holds nothing of a cohort steps
+        one element in its place: the numbers must not die with those who hold some.
+
+        Returns:
+            the per-tensor numbers of every cohort after the step.
+        """
+        found = []
+        for cohort, shard, mine in self._parts:
+            chosen = [(views[i], roles[i], grads[i]) for i in mine]
+            for view in views[:1] if not mine else ():
+                state = {k: _probe(view).to(dtype) for k, dtype in self.state.roles.items()}
+                chosen = [(_probe(view), state, _probe(view))]
+            columns = [list(column) for column in zip(*chosen, strict=True)] or [[], [], []]
+            found.append(shard.step(*columns, rate * cohort.rate))
+        return found
+
+
+def _probe(like: Tensor) -> Tensor:
+    return torch.zeros(1, dtype=like.dtype, device=like.device)
+
+
 class ShardOptimizer:
-    """The optimizer over the views of the owned runs.
+    """The optimizer over the views of the owned runs of one cohort.
 
     Args:
         factory: parameters -> optimizer.
@@ -119,7 +191,6 @@ class ShardOptimizer:
         self._parameters: list[nn.Parameter] = []
         self._optimizer: Optimizer | None = None
         self._started = False
-        self.base_rate = float(factory([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"])
 
     def rebuild(self, views: Sequence[Tensor], scalars: dict[str, float], started: bool) -> None:
         """Start over on other runs.

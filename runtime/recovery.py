@@ -8,12 +8,14 @@ starts over with the new survivors and loses nothing.
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
+from outlast.checkpoint.average import RATE
 from outlast.checkpoint.ladder import Recovery
-from outlast.checkpoint.records import Report, SlotRecord
+from outlast.checkpoint.records import Averaging, Report, SlotRecord
 from outlast.cluster.errors import GenerationChanged, Misuse, PeerLost, StateLost
 from outlast.cluster.failpoint import reach
-from outlast.layout.run import Run
+from outlast.layout.run import Run, numel
 from outlast.runtime.determinism import numerics
 from outlast.runtime.leaf_tree import Node, covered
 from outlast.runtime.link import Generation
@@ -79,6 +81,8 @@ class _Entry:
         _compare(reports)
         self._reach("plan")
         decision = training.ladder.decide(reports)
+        if (decision.fresh or decision.fills) and self.generation.unread_memories:
+            raise StateLost("a node whose workers are being restarted may have the state")
         self._mark("plan")
         self._reach("move")
         half = self._move(decision, survey)
@@ -106,6 +110,20 @@ class _Entry:
             rungs=decision.rungs(self.memory.shape),
             leaves_kept=kept,
             leaves_missing=training.settings.leaves - kept,
+        )
+        if decision.averaging is not None and self.rank == 0:
+            self._announce(decision.averaging)
+
+    def _announce(self, averaging: Averaging) -> None:
+        """A lossy recovery never goes unsaid."""
+        self.training.link.send(
+            kind="event",
+            event="averaged",
+            step=averaging.step,
+            units=list(averaging.units),
+            weights=[list(pair) for pair in averaging.weights],
+            weighted_by=averaging.kind,
+            elements=numel(averaging.runs),
         )
 
     def _reach(self, phase: str) -> None:
@@ -152,11 +170,14 @@ class _Entry:
         self.memory.reserve(owned)
         if decision.fresh:
             return self._found(owned, generation)
-        mine = survey.own(decision.step)
-        half = mine.half if mine else survey.spare_half()
+        if decision.fills:
+            training.gathered = -1  # the working parameters are those before the averaging
+        mine = survey.own(decision.step, decision.lineage)
+        half = mine.half if mine else survey.spare_half(decision.lineage)
         transfer = Transfer(self.communicator, survey, self.memory.shape)
         received = transfer.run(decision, training.state, half)
         record = mine.record if mine else self._empty_record(decision)
+        record = replace(record, norms=decision.norms, lineage=decision.lineage)
         training.state.publish(half, record, received, owned, generation)
         return half
 
@@ -180,18 +201,22 @@ class _Entry:
         """Adopt the state, gather the parameters, deal the missing leaves; returns leaves kept."""
         training, holder = self.training, self.training.link.identity.holder
         step = decision.step
-        training.state.adopt(half, step, decision.layout.runs(holder))
+        lineage = training.lineage = decision.lineage
+        training.state.adopt(half, step, decision.layout.runs(holder), lineage)
+        whole = Cohort(1.0, decision.scalars, started=step > 0)
+        cohorts = [Cohort(RATE, one.scalars, started=step > one.step) for one in lineage]
         views = training.state.live(training.primary)
-        everything = Cohort(1.0, decision.scalars, started=step > 0)
-        training.optimizer.rebuild(views, [everything], [0] * len(views))
+        training.optimizer.rebuild(views, [whole, *cohorts], training.state.members)
         training.committed = step
         training.losses = decision.losses
         training.enter(self.generation, decision.layout, [report.weight for report in reports])
         if decision.fresh:
             training.gathered = 0
-        elif any(report.done != step for report in reports):
+        elif decision.fills or any(report.done != step for report in reports):
             training.gather()
-        kept = _kept(reports, step)
+        # Leaves of other parameters than those of now do not count.
+        averaged = any(one.step == step and one.runs for one in lineage)
+        kept = {} if averaged else _kept(reports, step)
         training.stack.start(step)
         training.stack.keep(kept.get(self.rank, ()))
         training.deal_leaves(kept)

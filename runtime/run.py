@@ -37,6 +37,7 @@ from outlast.runtime.link import AgentLink, Link, SoloLink
 from outlast.runtime.optimizer import (
     CohortOptimizer,
     OptimizerFactory,
+    OptimizerState,
     Schedule,
     ScheduleFactory,
     discover,
@@ -126,6 +127,8 @@ class Run:
                 parity: m, the domains (nodes) that may be lost at once without losing the step; 0
                     protects nothing. It costs m / (group - m) of the state in memory.
                 group: most members of a parity group.
+                average: "squared" or "plain": a block that nothing else gives back is made from
+                    its neighbours, weighted by their gradient norms; see docs/recovery.md.
         Raises:
             Misuse: the model, the optimizer or a setting cannot work; says what to do.
             StateLost: this rank joined a job whose state no rung can rebuild.
@@ -137,11 +140,7 @@ class Run:
         settings = replace(self._settings, zero=zero, clip=clip, **safety)
         flat = FlatModel(model, dtype)
         kept = discover(optimizer, flat.device)
-        primary = "param" if flat.dtype == torch.float32 else "master"
-        roles = [role_of(primary, torch.float32), *(role_of(k, d) for k, d in kept.roles.items())]
-        ordered = sorted(roles, key=lambda role: -role.itemsize)  # streams stay aligned
-        ordered.sort(key=lambda role: role.name != primary)
-        shape = StateShape(flat.space.fingerprint(), flat.space.numel, tuple(ordered))
+        shape, safe = _shape(flat, kept), settings.protection(flat.space)
         descriptor = self._link.allocate(memory_bytes(shape))
         memory = StateMemory(descriptor, shape)
         os.close(descriptor)
@@ -152,7 +151,7 @@ class Run:
             flat,
             shards,
             Schedule(schedule, shards.base_rate),
-            ladder(settings, flat.space, shape),
+            Ladder(flat.space, shape, settings.grain, zero == 0, safe, settings.average),
             shard_state(memory, flat.space, flat.device),
         )
         self._fingerprint = flat.fingerprint()
@@ -238,6 +237,15 @@ class Run:
     def close(self) -> None:
         """Say that this rank is done; the process may end afterwards."""
         self._link.close()
+
+
+def _shape(flat: FlatModel, kept: OptimizerState) -> StateShape:
+    """The parameters, or their fp32 master, come first."""
+    primary = "param" if flat.dtype == torch.float32 else "master"
+    roles = [role_of(primary, torch.float32), *(role_of(k, d) for k, d in kept.roles.items())]
+    ordered = sorted(roles, key=lambda role: -role.itemsize)  # streams stay aligned
+    ordered.sort(key=lambda role: role.name != primary)
+    return StateShape(flat.space.fingerprint(), flat.space.numel, tuple(ordered))
 
 
 class Step:

@@ -12,8 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from outlast.checkpoint.average import cohorts
 from outlast.checkpoint.memory import StateMemory
-from outlast.checkpoint.records import Role, SlotRecord
+from outlast.checkpoint.records import Lineage, Role, SlotRecord
 from outlast.layout.run import Run
 from outlast.layout.space import Space
 from outlast.runtime.fold import unit_runs
@@ -42,6 +43,7 @@ class ShardState:
         self.roles = memory.shape.roles
         self.owned: tuple[Run, ...] = ()
         self.runs: list[Run] = []
+        self.members: list[int] = []  # the cohort of each of `runs`, see `checkpoint.average`
         self.half = 0
         self.step = -1
         self._arrays = [{r.name: self._tensor(half, r) for r in self.roles} for half in (0, 1)]
@@ -57,19 +59,15 @@ class ShardState:
         """dtype of a role."""
         return self._arrays[0][role].dtype
 
-    def adopt(self, half: int, step: int, owned: tuple[Run, ...]) -> None:
-        """Go on from the committed `half` with the runs `owned`."""
+    def adopt(self, half: int, step: int, owned: tuple[Run, ...], lineage: Lineage = ()) -> None:
+        """Go on from the committed `half` with the runs `owned`, cut at units and cohorts."""
         self.half, self.step, self.owned = half, step, owned
-        self.runs = unit_runs(self.space, owned)
+        self.runs, self.members = cohorts(unit_runs(self.space, owned), lineage)
         self.memory.reserve(owned)
 
     def live(self, role: str) -> list[Tensor]:
         """The newest state of one role, a view per run of `runs`."""
         return [self.host(self.half, role, run) for run in self.runs]
-
-    def part(self, role: str, run: Run) -> Tensor:
-        """The newest state of an owned run."""
-        return self.host(self.half, role, run)
 
     def update(self, change: Callable[[dict[str, list[Tensor]]], None]) -> None:
         """Open the other half, fill it with the newest state and let `change` overwrite it."""
@@ -80,12 +78,10 @@ class ShardState:
                 self.host(self.half, role.name, run).copy_(self.host(old, role.name, run))
         change({role.name: self.live(role.name) for role in self.roles})
 
-    def commit(
-        self, step: int, generation: int, scalars: dict[str, float], losses: list[float]
-    ) -> None:
-        """The opened half is step `step` from now on."""
-        self.step = step
-        self._publish(self.half, self.owned, generation, scalars, losses)
+    def commit(self, record: SlotRecord) -> None:
+        """The opened half is `record.step` from now on; its runs and checksums are filled in."""
+        self.step = record.step
+        self._publish(self.half, self.owned, record)
 
     def seal(self) -> None:
         """Make sure that the newest step is committed in host memory."""
@@ -111,17 +107,9 @@ class ShardState:
             half, replace(record, generation=generation, owned=owned, held=held, sums=all_sums)
         )
 
-    def _publish(
-        self,
-        half: int,
-        owned: tuple[Run, ...],
-        generation: int,
-        scalars: dict[str, float],
-        losses: list[float],
-    ) -> None:
+    def _publish(self, half: int, owned: tuple[Run, ...], record: SlotRecord) -> None:
         sums = self.memory.sums(half, owned)
-        record = SlotRecord(self.step, generation, owned, owned, sums, scalars, losses)
-        self.memory.commit(half, record)
+        self.memory.commit(half, replace(record, owned=owned, held=owned, sums=sums))
 
     def trim(self) -> None:
         """Give back the memory of runs that are no longer owned."""
@@ -142,8 +130,8 @@ class DeviceState(ShardState):
         self._live: dict[str, dict[Run, Tensor]] = {}
         self._copied: tuple[torch.cuda.Event, Callable[[], None]] | None = None
 
-    def adopt(self, half: int, step: int, owned: tuple[Run, ...]) -> None:
-        super().adopt(half, step, owned)
+    def adopt(self, half: int, step: int, owned: tuple[Run, ...], lineage: Lineage = ()) -> None:
+        super().adopt(half, step, owned, lineage)
         for role in self.roles:
             for run in owned:
                 _pin(self.host(0, role.name, run))
@@ -156,22 +144,14 @@ class DeviceState(ShardState):
     def live(self, role: str) -> list[Tensor]:
         return [self._live[role][run] for run in self.runs]
 
-    def part(self, role: str, run: Run) -> Tensor:
-        for home, values in self._live[role].items():
-            if home.start <= run.start and run.stop <= home.stop:
-                return values[run.start - home.start : run.stop - home.start]
-        return torch.cat([self.part(role, piece) for piece in unit_runs(self.space, [run])])
-
     def update(self, change: Callable[[dict[str, list[Tensor]]], None]) -> None:
         self.seal()
         self.half = 1 - self.half
         self.memory.begin(self.half)
         change({role.name: self.live(role.name) for role in self.roles})
 
-    def commit(
-        self, step: int, generation: int, scalars: dict[str, float], losses: list[float]
-    ) -> None:
-        self.step = step
+    def commit(self, record: SlotRecord) -> None:
+        self.step = record.step
         half, owned = self.half, self.owned
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -180,7 +160,7 @@ class DeviceState(ShardState):
                     self.host(half, role.name, run).copy_(values, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(self._stream)
-        self._copied = (copied, lambda: self._publish(half, owned, generation, scalars, losses))
+        self._copied = (copied, lambda: self._publish(half, owned, record))
 
     def beside(self) -> AbstractContextManager[object]:
         # All that the main thread has enqueued so far, the update included, comes before.

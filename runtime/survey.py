@@ -6,13 +6,15 @@ the ladder takes the next source for them.
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from outlast.checkpoint.average import superseded
 from outlast.checkpoint.memory import HALVES, Bytes, StateMemory, checksum
-from outlast.checkpoint.records import ParitySource, SlotRecord, SlotSource
+from outlast.checkpoint.records import Lineage, ParitySource, SlotRecord, SlotSource
 from outlast.cluster.errors import Corrupt
 from outlast.layout.run import Run, canonical
 from outlast.runtime.link import Generation, Link
@@ -40,6 +42,8 @@ class Slot:
             held=canonical(record.held),
             scalars=record.scalars,
             losses=tuple(record.losses),
+            norms=record.norms,
+            lineage=record.lineage,
         )
 
     def read(self, role: str, run: Run) -> Tensor:
@@ -78,14 +82,19 @@ class Survey:
                     except Corrupt as cause:
                         self._log("memory_unusable", holder=holder, cause=str(cause))
 
-    def own(self, step: int) -> Slot | None:
-        """This worker's own half of `step`."""
-        return next((s for s in self.slots if s.own and s.record.step == step), None)
+    def own(self, step: int, lineage: Lineage) -> Slot | None:
+        """This worker's own half of `step`, unless an averaging has made it void."""
+        return next((slot for slot in self._own(lineage) if slot.record.step == step), None)
 
-    def spare_half(self) -> int:
-        """Own half to receive into where none holds the wanted step: the older one."""
-        steps = {slot.half: slot.record.step for slot in self.slots if slot.own}
+    def spare_half(self, lineage: Lineage) -> int:
+        """Own half to receive into where none holds the wanted step: a void one, or the older."""
+        steps = {slot.half: slot.record.step for slot in self._own(lineage)}
         return min(HALVES, key=lambda half: steps.get(half, -1))
+
+    def _own(self, lineage: Lineage) -> Iterator[Slot]:
+        for slot in self.slots:
+            if slot.own and not superseded(lineage, slot.record.step, slot.record.generation):
+                yield slot
 
     def _memories(self) -> list[tuple[StateMemory, bool, int]]:
         me = self._link.identity.holder

@@ -19,13 +19,14 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from outlast.checkpoint.average import WEIGHTS
+from outlast.checkpoint.average import WEIGHTS, edges, remembered
 from outlast.checkpoint.ladder import Ladder
 from outlast.checkpoint.records import Lineage, Protection, SlotRecord
 from outlast.cluster.errors import GenerationChanged, Misuse
 from outlast.cluster.failpoint import drilled, reach
 from outlast.layout.layout import Layout, deal
 from outlast.layout.run import Run
+from outlast.layout.space import Space
 from outlast.runtime.flat_model import FlatModel
 from outlast.runtime.fold import (
     Bucket,
@@ -87,10 +88,10 @@ class Settings:
     spot_check: int = 0
     average: str | None = None
 
-    @property
-    def protection(self) -> Protection:
-        """What every step is protected with."""
-        return Protection(int(self.parity), self.group)
+    def protection(self, space: Space) -> Protection:
+        """What every step is protected with: parity, and copies of what could not be averaged."""
+        twice = edges(space) if self.average is not None else ()
+        return Protection(int(self.parity), self.group, twice)
 
     def __post_init__(self) -> None:
         if self.leaves < 1 or self.leaves & (self.leaves - 1):
@@ -321,15 +322,10 @@ class Training:
 
         self.state.update(change)
         reach("commit", step=index)
+        self.lineage = remembered(self.lineage, scalars[1:])
+        facts = scalars[0], losses, norms, self.lineage
         generation = self.membership.generation.view.generation
-        pairs = zip(self.lineage, scalars[1:], strict=True)
-        self.lineage = tuple(replace(one, scalars=numbers) for one, numbers in pairs)
-        empty: dict[str, list[int]] = {}
-        self.state.commit(
-            SlotRecord(
-                index + 1, generation, (), (), empty, scalars[0], losses, norms, self.lineage
-            )
-        )
+        self.state.commit(SlotRecord(index + 1, generation, (), (), {}, *facts))
 
     def gather(self) -> None:
         """Fill the working parameters from their owners; afterwards the newest step is done."""

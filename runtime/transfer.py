@@ -4,12 +4,13 @@ What a decoder rebuilds in one round travels in the next, beside the inputs of t
 posts the messages of all in the same order (`checkpoint/batch.py`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor
 
+from outlast.checkpoint.average import Fill, blend
 from outlast.checkpoint.batch import Batch, batches
 from outlast.checkpoint.code import Code
 from outlast.checkpoint.decode import Decode
@@ -21,6 +22,7 @@ from outlast.runtime.collectives import Communicator
 from outlast.runtime.shard_state import ShardState
 from outlast.runtime.survey import Survey
 
+ROUND = 1 << 23  # elements that are averaged in one round, by all ranks together
 Units = dict[int, Tensor]  # rebuilt data units of one window
 
 
@@ -48,7 +50,28 @@ class Transfer:
                 received.append(run)
             before = batch.decodes
             rebuilt = [self._decode(d, arrived) for d in before if d.decoder == self._rank]
+        for fills in _rounds(decision.fills):
+            received += self._fill(fills, state, half)
         return list(canonical(received))
+
+    def _fill(self, fills: Sequence[Fill], state: ShardState, half: int) -> list[Run]:
+        """Average what is lost from the neighbours, which lie with their new owners by now."""
+        primary = state.roles[0].name
+        mail = _Mail(self._communicator)
+        for fill in fills:
+            for side in fill.sides:
+                mine = side.src == self._rank
+                data = state.host(half, primary, side.run).view(torch.uint8) if mine else None
+                mail.post(side.src, fill.dst, side.run.numel * self._widths[primary], data)
+        arrived = mail.deliver()
+        filled = [fill for fill in fills if fill.dst == self._rank]
+        for fill in filled:
+            home = state.host(half, primary, fill.run)
+            values = [next(arrived).view(home.dtype) for _ in fill.sides]
+            home.copy_(blend(values, [side.weight for side in fill.sides]))
+            for role in state.roles[1:]:
+                state.host(half, role.name, fill.run).zero_()
+        return [fill.run for fill in filled]
 
     def _post_moves(self, mail: "_Mail", moves: Sequence[Move]) -> Iterator[tuple[str, Run]]:
         """Post `moves`; yields (role, run) of what is for this rank."""
@@ -100,6 +123,18 @@ class Transfer:
         code = Code(decode.k, decode.m)
         code.decode(data, parity, {unit: whole.numpy() for unit, whole in lost.items()})
         return lost
+
+
+def _rounds(fills: Iterable[Fill]) -> Iterator[list[Fill]]:
+    """So many at a time that every rank has the memory for it."""
+    chosen: list[Fill] = []
+    for fill in fills:
+        if chosen and sum(other.run.numel for other in chosen) + fill.run.numel > ROUND:
+            yield chosen
+            chosen = []
+        chosen.append(fill)
+    if chosen:
+        yield chosen
 
 
 class _Mail:

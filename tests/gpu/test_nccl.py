@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from outlast.checkpoint.memory import StateMemory, memory_bytes
-from outlast.checkpoint.records import StateShape
+from outlast.checkpoint.records import SlotRecord, StateShape
 from outlast.layout.run import Run
 from outlast.layout.space import Space, Tensor
 from outlast.runtime.optimizer import discover
@@ -62,7 +62,7 @@ def test_a_device_state_reaches_its_pinned_half() -> None:
         live["param"][0].fill_(3.0)
 
     state.update(change)
-    state.commit(1, 1, {}, [])
+    state.commit(SlotRecord(1, 1, (), (), {}, {}, []))
     state.seal()
     record = state.memory.record(1)
     assert record is not None

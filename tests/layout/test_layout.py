@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from outlast.layout import layout as module
 from outlast.layout.layout import Layout, deal, fill_hole, rebalance, replicate, settle
 from outlast.layout.run import Run, canonical
-from outlast.layout.space import Space, Tensor
+from outlast.layout.space import Space, Tensor, chains
 from outlast.tests.layout.oracle import (
     elements,
     held,
@@ -119,7 +119,7 @@ def test_neighbouring_blocks_lie_with_neighbouring_holders(data: st.DataObject, 
     totals = [layout.numel(holder) for holder in holders]
     assert max(totals) - min(totals) <= 8
     owner = {address: holder for holder, mine in held(layout).items() for address in mine}
-    (chain,) = space.chains
+    (chain,) = chains(space)
     for here, there in pairwise(space.units[index] for index in chain):
         for offset in range(here.numel):
             next_one = holders.index(owner[there.start + offset]) + 1
@@ -308,7 +308,7 @@ def test_planted_deal_that_knows_no_chains_puts_neighbours_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Cut as other units are, blocks overlap by a grain with what their holder has next door."""
-    monkeypatch.setattr(Space, "chains", ())
+    monkeypatch.setattr(module, "chains", lambda space: ())
     space = stacked(12, 5, 40, 8)
     owner = [held(deal(space, range(4), 4))[holder] for holder in range(4)]
     pairs = [(a, a + 40) for a in range(12, 12 + 4 * 40)]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outlast.layout.run import Run
-from outlast.layout.space import Space, Tensor, Unit
+from outlast.layout.space import Space, Tensor, Unit, chains
 from outlast.tests.layout.oracle import elements, run_sets, spaces
 
 EXAMPLES = settings(max_examples=100, deadline=None)
@@ -75,5 +75,5 @@ def test_chains_are_numbered_blocks_of_one_kind() -> None:
     }  # fmt: skip
     tensors = [Tensor(name, (size,), "float32") for name, size in shapes.items()]
     space = Space.of(tensors, unit_of=lambda name: name.rpartition(".")[0])
-    names = [[space.units[index].name for index in chain] for chain in space.chains]
+    names = [[space.units[index].name for index in chain] for chain in chains(space)]
     assert names == [["h.0", "h.1"], ["h.5", "h.6"], ["g.7", "g.8"]]

@@ -11,7 +11,13 @@ from torch import Tensor, nn, optim
 from torch.optim import lr_scheduler
 
 from outlast.cluster.errors import Misuse
-from outlast.runtime.optimizer import Schedule, ShardOptimizer, discover
+from outlast.runtime.optimizer import (
+    Cohort,
+    CohortOptimizer,
+    Schedule,
+    ShardOptimizer,
+    discover,
+)
 
 CPU = torch.device("cpu")
 GRAIN = 64
@@ -260,3 +266,79 @@ def test_any_torch_scheduler_is_a_function_of_the_step(factory: Any) -> None:
 def test_schedulers_that_need_more_than_the_step_are_refused(wrong: Any) -> None:
     with pytest.raises(Misuse, match="schedule must be"):
         Schedule(wrong, base=0.1)
+
+
+# What a recovery averaged starts over; everything else goes on.
+
+BORN, LOST = 3, slice(2 * GRAIN, 5 * GRAIN)
+
+
+def cohorts_on(factory: Factory, cuts: list[int], rates: float = 1.1) -> tuple[Tensor, list[Any]]:
+    """Steps of two ranks, each with every second piece; from step BORN on, LOST is a cohort of its
+    own. The state of LOST is noise then: nobody may read it."""
+    state = discover(factory, CPU)
+    values = STARTS.clone()
+    moments = {name: torch.zeros(NUMEL, dtype=dtype) for name, dtype in state.roles.items()}
+    edges = sorted({0, LOST.start, LOST.stop, NUMEL, *cuts})
+    pieces = list(pairwise(edges))
+    told: list[Any] = [[Cohort(1.0, {}, False)], None]
+    ranks = [(CohortOptimizer(factory, state), pieces[i::2]) for i in (0, 1)]
+    for step, gradient in enumerate(GRADS):
+        if step in (0, BORN):
+            cohorts = told[0] if step == 0 else [
+                Cohort(1.0, told[1][0], True), Cohort(rates, {}, False)
+            ]  # fmt: skip
+            if step:
+                for moment in moments.values():
+                    moment[LOST] = torch.randn(LOST.stop - LOST.start)
+            for optimizer, mine in ranks:
+                members = [int(step > 0 and LOST.start <= a < LOST.stop) for a, _ in mine]
+                optimizer.rebuild([values[a:b] for a, b in mine], cohorts, members)
+        answers = []
+        for optimizer, mine in ranks:
+            roles = [{name: moments[name][a:b] for name in moments} for a, b in mine]
+            grads = [gradient[a:b].clone() for a, b in mine]
+            views = [values[a:b] for a, b in mine]
+            answers.append(optimizer.step(views, roles, grads, rate(step)))
+        assert answers[0] == answers[1]  # also of a cohort that a rank has nothing of
+        told = [told[0], answers[0]]
+    return values, told[1]
+
+
+@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("cuts", [[], [3 * GRAIN, 7 * GRAIN]])
+def test_what_was_averaged_starts_over_and_the_rest_is_untouched(
+    name: str, cuts: list[int]
+) -> None:
+    factory, _ = TAKEN[name]
+    values, scalars = cohorts_on(factory, cuts)
+    right = whole(factory)
+    assert torch.equal(values[: LOST.start], right[: LOST.start])
+    assert torch.equal(values[LOST.stop :], right[LOST.stop :])
+    born = sharded_until(factory, BORN)[LOST]
+    fresh = nn.Parameter(born.clone())
+    optimizer = factory([fresh])
+    for step in range(BORN, STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step) * 1.1
+        fresh.grad = GRADS[step][LOST].clone()
+        optimizer.step()
+    assert torch.equal(values[LOST], fresh.detach())
+    if "step" in scalars[0]:
+        assert (scalars[0]["step"], scalars[1]["step"]) == (STEPS, STEPS - BORN)
+
+
+def sharded_until(factory: Factory, steps: int) -> Tensor:
+    parameter = nn.Parameter(STARTS.clone())
+    optimizer = factory([parameter])
+    for step, gradient in enumerate(GRADS[:steps]):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    return parameter.detach()
+
+
+def test_planted_rate_of_the_others_is_noticed() -> None:
+    factory, _ = TAKEN["adamw"]
+    assert not torch.equal(cohorts_on(factory, [], 1.0)[0][LOST], cohorts_on(factory, [])[0][LOST])
