@@ -161,7 +161,7 @@ class Agent:
             self.ending.succeed()
         me = replace(
             self.mesh.me, restarts=self.restarts, finished=settled, complete=self.ending.complete,
-            workers=self.mesh.me.workers if self.ending.complete else self.spare.workers,
+            workers=self.mesh.me.workers if self.ending.complete else self.spare.offer(),
             elastic=self.crew.ever_attached,
             memories=memories_of_use(self.crew, self.config.max_restarts),
         )  # fmt: skip

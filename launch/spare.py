@@ -18,6 +18,7 @@ class Spare:
 
     def __init__(self, agent: "Agent") -> None:
         self._agent = agent
+        self._ready = False
 
     @property
     def waits(self) -> bool:
@@ -26,11 +27,15 @@ class Spare:
         seat = view.member(self._agent.agent) if view is not None else None
         return seat is not None and seat.spare
 
-    @property
-    def workers(self) -> tuple[Worker, ...]:
-        """Those that this node takes part with, or would if it had a place."""
-        crew = self._agent.crew
-        return crew.workers() if crew.complete or not self.waits else ()
+    def offer(self) -> tuple[Worker, ...]:
+        """The workers that this node takes part with, or would if it had a place."""
+        crew, before = self._agent.crew, self._ready
+        if not self.waits:
+            return crew.workers()
+        self._ready = crew.complete and crew.started
+        if self._ready and not before:
+            self._agent.event("spare_ready")
+        return crew.workers() if crew.complete else ()
 
     def described(self, member: Member) -> None:
         """Another agent said how it is: this may be how a spare learns what job this is."""

@@ -1,8 +1,8 @@
 """An elastic worker without torch: speaks the link protocol and pretends to train.
 
 Usage: fake_worker.py STEPS START [FLAW]. Step s is committed 50 ms x s after START (seconds since
-1970), so that all workers of a job report the same steps. FLAW: `raise` in rank 1 at step 5,
-`exit` in rank 1 before attach, `mute` never reads its link after ready, `garbage` sends nonsense
+1970), so that all workers of a job report the same steps; who is in no view waits. FLAW: `raise` in
+rank 1 at step 5, `exit` in rank 1 before attach, `spare` raises in whoever has to wait, `mute` never reads its link after ready, `garbage` sends nonsense
 first.
 """
 
@@ -33,6 +33,7 @@ class FakeWorker:
         self.early: list[dict[str, Any]] = []
         self.keys: dict[int, set[str]] = {}
         self.size = self.holder = self.released = 0
+        self.placed = threading.Event()
 
     def say(self, kind: str, **fields: Any) -> None:
         self.link.send(json.dumps({"kind": kind, **fields}).encode())
@@ -80,6 +81,9 @@ class FakeWorker:
                 case "store":
                     self.keys.setdefault(message["generation"], set()).add(message["key"])
                     self.check_keys()
+                case "complete" if not self.placed.is_set():
+                    self.say("finished")
+                    os._exit(0)
                 case "memories":
                     texts = [os.pread(file, 32, 0).rstrip(b"\0").decode() for file in files]
                     assert texts == [str(holder) for holder in message["holders"]]
@@ -90,6 +94,7 @@ class FakeWorker:
         holders = [w["holder"] for m in view["members"] if not m["spare"] for w in m["workers"]]
         if self.holder not in holders:
             return
+        self.placed.set()
         self.generation = view["generation"]
         self.size = len(holders)
         self.say("event", event="fake_view", generation=self.generation, holders=holders)
@@ -103,6 +108,9 @@ class FakeWorker:
             self.size = 0
 
     def train(self, steps: int, start: float, flaw: str) -> None:
+        while not self.placed.wait(2):
+            if flaw == "spare":
+                raise RuntimeError("boom in the spare")
         step = 0
         while step < steps:
             now = int((time.time() - start) / STEP_S)
