@@ -64,20 +64,21 @@ class Progress:
             self.say(f"generation {generation}: {went}")
 
     def told(self, name: str, message: Message) -> None:
-        """What a worker says of others and people should know."""
+        """What one worker, wherever it is, says of another and people should know."""
+        say = self._console.line
         node, rank, step = (message.get(key) for key in ("peer_node", "rank", "step"))
         if name == "poisoned":
             how = "that is not finite" if message.get("how") == "not finite" else "that is wrong"
             found = f"{node} (rank {rank}) computed a gradient {how}"
-            self.say(f"step {step}: {found}; it is {message.get('action')}")
+            say(f"step {step}: {found}; it is {message.get('action')}")
         elif name == "slow_rank":
-            self.say(f"{node} (rank {rank}) takes {message.get('ratio')} times as long as others")
+            say(f"{node} (rank {rank}) takes {message.get('ratio')} times as long as others")
         elif name == "averaged":
             units = message.get("units")
             what = f"{_count(len(units), 'block')}" if isinstance(units, list) else "blocks"
             self.say(f"step {step}: LOSSY: {what} averaged from the neighbours; training goes on")
         elif name == "rebalanced":
-            self.say(f"leaves are dealt by speed, in rank order {message.get('weights')}")
+            say(f"leaves are dealt by speed, in rank order {message.get('weights')}")
 
     def _changes(self, before: View, view: View) -> str:
         texts = []

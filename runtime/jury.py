@@ -10,7 +10,6 @@ What is looked at is the gradient of a leaf, before it leaves the rank that comp
 a sum or in the optimizer is not found here.
 """
 
-import time
 from collections.abc import Collection, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, linalg
 
 from outlast.checkpoint.memory import checksum
-from outlast.cluster.errors import Diverged, PeerLost
+from outlast.cluster.errors import Diverged, GenerationChanged
 from outlast.runtime.leaf_tree import covered
 from outlast.runtime.poison import Testimony, Verdict, judge
 
@@ -79,7 +78,7 @@ class Jury:
             norm: of the whole gradient.
         Raises:
             Diverged: the leaves themselves are not finite, or it cannot be found out who is wrong.
-            GenerationChanged: the guilty rank is out, this rank goes on without it.
+            GenerationChanged: the guilty rank leaves, and the others go on without it.
         """
         training = self._training
         found = [
@@ -101,77 +100,48 @@ class Jury:
     def _act(self, guilty: Sequence[Testimony]) -> None:
         """Every rank does the same, only one speaks: the first that is innocent."""
         training = self._training
-        generation = training.membership.generation
-        nodes = generation.nodes
-        rank = generation.communicator.rank
-        ranks = {testimony.rank for testimony in guilty}
+        generation, nodes = training.membership.generation, training.membership.generation.nodes
+        rank, ranks = generation.communicator.rank, {testimony.rank for testimony in guilty}
         out = min(ranks)  # one at a time: the redundancy is whole again before the next
         evict = training.link.identity.evict_poison and self._can_spare(out)
         if rank == next((r for r in range(len(nodes)) if r not in ranks), 0):
-            for found in guilty:
-                if not evict or found.rank == out:
-                    training.link.send(
-                        kind="event", event="poisoned", step=training.committed, rank=found.rank,
-                        peer_node=nodes[found.rank][1], leaf=found.leaf, how=found.how,
-                        action="evicted" if evict else "replaced",
-                    )  # fmt: skip
+            for found in [f for f in guilty if not evict or f.rank == out]:
+                training.link.send(
+                    kind="event", event="poisoned", step=training.committed, rank=found.rank,
+                    peer_node=nodes[found.rank][1], leaf=found.leaf, how=found.how,
+                    action="evicted" if evict else "replaced",
+                )  # fmt: skip
             if evict:
                 number = generation.view.generation
                 training.link.send(kind="condemn", holder=nodes[out][0], generation=number)
         if evict:
-            self._await_eviction()
-        self._replace(guilty)
+            raise GenerationChanged(f"rank {out} computes wrong gradients and has to leave")
+        # Whatever has a wrong gradient in it is dropped; others compute those leaves.
+        wrong = {r: {found.leaf for found in guilty if found.rank == r} for r in ranks}
+        for leaf in wrong.get(rank, ()):
+            training.stack.forget(leaf)
+        kept = {
+            r: tuple(node for node in held if not covered([node]) & wrong.get(r, set()))
+            for r, held in enumerate(training.nodes)
+        }
+        training.deal_leaves(kept, self._without | ranks)
 
     def _can_spare(self, rank: int) -> bool:
-        """Whether the state survives the loss of this rank."""
-        training, generation = self._training, self._training.membership.generation
-        nodes = [member.agent for member, _ in generation.view.workers]
-        sibling = nodes.count(nodes[rank]) > 1  # reads its memory
-        safe = training.ladder.replicated or bool(training.settings.parity) or sibling
-        return len(nodes) > 1 and safe
-
-    def _await_eviction(self) -> None:
-        timing = self._training.link.identity.timing
-        deadline = time.monotonic() + timing.collective_s
-        while time.monotonic() < deadline:
-            self._training.check()
-            time.sleep(timing.poll_s)
-        raise PeerLost("a rank that computes wrong gradients was not taken out of the job")
-
-    def _replace(self, guilty: Sequence[Testimony]) -> None:
-        """Drop every sum that has a wrong gradient in it; others compute those leaves."""
+        """Whether the state survives the loss of this rank; a sibling can read its memory."""
         training = self._training
-        wrong = {(found.rank, found.leaf) for found in guilty}
-        kept = {
-            rank: tuple(n for n in nodes if not any((rank, leaf) in wrong for leaf in covered([n])))
-            for rank, nodes in enumerate(training.nodes)
-        }
-        mine = training.membership.generation.communicator.rank
-        for leaf in covered(training.nodes[mine]) - covered(kept[mine]):
-            training.stack.forget(leaf)
-        for rank, leaf in wrong:
-            if rank == mine:
-                training.stack.forget(leaf)
-        training.stack.keep(kept[mine])
-        training.deal_leaves(kept, self._without | {found.rank for found in guilty})
+        agents = [member.agent for member, _ in training.membership.generation.view.workers]
+        safe = training.ladder.replicated or training.settings.parity
+        return len(agents) > 1 and bool(safe or agents.count(agents[rank]) > 1)
 
     def _refusal(self, verdict: Verdict, found: Sequence[Testimony]) -> str:
-        step = self._training.committed
-        for leaf in (*verdict.diverged, *verdict.undecided):
+        about = f"step {self._training.committed}: every leaf is finite, but their sum is not"
+        advice = "lower the learning rate or the loss scale, clip, or look at the samples"
+        for leaf in (*verdict.diverged, *verdict.undecided)[:1]:
             ranks = ", ".join(str(t.rank) for t in found if t.leaf == leaf)
+            about = f"step {self._training.committed}, leaf {leaf}: "
             if leaf in verdict.diverged:
-                return (
-                    f"step {step}: the gradient of leaf {leaf} is not finite on every rank that "
-                    f"computed it ({ranks}), so the model or its data did it, not a machine. "
-                    "Nothing of this step was committed. Lower the learning rate or the loss "
-                    "scale, clip the gradient, or look at the samples of this leaf"
-                )
-            return (
-                f"step {step}: ranks {ranks} find different gradients for leaf {leaf}, and no "
-                "other rank is left to say who is right. Nothing of this step was committed. Test "
-                "both machines, and use at least 3 ranks to have the wrong one found"
-            )
-        return (
-            f"step {step}: every leaf is finite, but their sum is not: the model diverged, or a "
-            "rank adds wrong. Nothing of this step was committed. Lower the learning rate or clip"
-        )
+                about += f"the gradient is not finite on every rank that computed it ({ranks})"
+            else:
+                about += f"ranks {ranks} find different gradients, and no other rank can be asked"
+                advice = "test these machines; with 3 ranks the wrong one is found"
+        return f"{about}. Nothing of this step was committed. What to do: {advice}"

@@ -39,10 +39,12 @@ class LeafStack:
             self._free.append(self.sums.pop(node))
 
     def forget(self, leaf: int) -> None:
-        """Drop whatever has `leaf` in it: the sum, and what was noted of the leaf."""
+        """Drop the sum that has `leaf` in it, and what was noted of its leaves."""
+        gone = {leaf}.union(*(covered([n]) for n in self.sums if leaf in covered([n])))
         self.keep(tuple(node for node in self.sums if leaf not in covered([node])))
-        self.losses.pop(leaf, None)
-        self.found.pop(leaf, None)
+        for each in gone:
+            self.losses.pop(each, None)
+            self.found.pop(each, None)
 
     def free(self, gradient: Tensor) -> None:
         """Take back a buffer whose gradient is not needed."""

@@ -11,14 +11,14 @@ Everything here follows from the testimonies, which all ranks exchange: so all r
 also one that has joined in between.
 
 >>> judge([Testimony(0, 3, 1.0, 7), Testimony(1, 3, 1.0, 8)], (0, 1, 2)).again
-((3, 2),)
+[(3, 2)]
 >>> three = [Testimony(rank, 3, 1.0, digest) for rank, digest in ((0, 7), (1, 8), (2, 7))]
 >>> judge(three, (0, 1, 2)).guilty
-(Testimony(rank=1, leaf=3, norm=1.0, digest=8),)
+[Testimony(rank=1, leaf=3, norm=1.0, digest=8)]
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 
 # A leaf whose norm is this many times the median of its step is computed again. Leaves of one
@@ -53,10 +53,10 @@ class Verdict:
         undecided: leaves on which the ranks differ, with nobody left to ask.
     """
 
-    again: tuple[tuple[int, int], ...] = ()
-    guilty: tuple[Testimony, ...] = ()
-    diverged: tuple[int, ...] = ()
-    undecided: tuple[int, ...] = ()
+    again: list[tuple[int, int]] = field(default_factory=list)
+    guilty: list[Testimony] = field(default_factory=list)
+    diverged: list[int] = field(default_factory=list)
+    undecided: list[int] = field(default_factory=list)
 
 
 def judge(testimonies: Sequence[Testimony], ranks: Sequence[int]) -> Verdict:
@@ -72,14 +72,11 @@ def judge(testimonies: Sequence[Testimony], ranks: Sequence[int]) -> Verdict:
     finite = [[t.norm for t in found if isfinite(t.norm)] for found in by_leaf.values()]
     norms = sorted(min(of_leaf) for of_leaf in finite if of_leaf)
     usual = norms[(len(norms) - 1) // 2] if norms else 0.0
-    suspicious = [found for _, found in sorted(by_leaf.items()) if _suspicious(found, usual)]
-    verdicts = [_judge_leaf(found, ranks) for found in suspicious]
-    return Verdict(
-        again=tuple(pair for verdict in verdicts for pair in verdict.again),
-        guilty=tuple(testimony for verdict in verdicts for testimony in verdict.guilty),
-        diverged=tuple(leaf for verdict in verdicts for leaf in verdict.diverged),
-        undecided=tuple(leaf for verdict in verdicts for leaf in verdict.undecided),
-    )
+    verdict = Verdict()
+    for _, found in sorted(by_leaf.items()):
+        if _suspicious(found, usual):
+            _judge_leaf(found, ranks, verdict)
+    return verdict
 
 
 def _suspicious(found: Sequence[Testimony], usual: float) -> bool:
@@ -89,26 +86,25 @@ def _suspicious(found: Sequence[Testimony], usual: float) -> bool:
     )
 
 
-def _judge_leaf(found: Sequence[Testimony], ranks: Sequence[int]) -> Verdict:
-    leaf = found[0].leaf
-    compared = all(testimony.digest is not None for testimony in found)
+def _judge_leaf(found: Sequence[Testimony], ranks: Sequence[int], verdict: Verdict) -> None:
+    leaf, compared = found[0].leaf, all(testimony.digest is not None for testimony in found)
     groups: dict[str, set[int]] = {}
     for testimony in found:
         groups.setdefault(_key(testimony, compared), set()).add(testimony.rank)
-    true = next((key for key, agreeing in groups.items() if len(agreeing) > 1), None)
-    if true is None:
-        asked = {testimony.rank for testimony in found}
-        free = [rank for rank in ranks if rank not in asked]
-        if free:
-            return Verdict(again=((leaf, free[leaf % len(free)]),))
-        # Nobody is left. What is finite is right against what is not: the leaf can be computed.
-        values = [key for key in groups if key != _NOT_FINITE] or [_NOT_FINITE]
-        if len(values) > 1:
-            return Verdict(undecided=(leaf,))
-        true = values[0]
-    if true == _NOT_FINITE:
-        return Verdict(diverged=(leaf,))
-    return Verdict(guilty=tuple(t for t in found if _key(t, compared) != true))
+    true = [key for key, agreeing in groups.items() if len(agreeing) > 1]
+    asked = {testimony.rank for testimony in found}
+    free = [rank for rank in ranks if rank not in asked]
+    if not true and free:
+        verdict.again.append((leaf, free[leaf % len(free)]))
+        return
+    # With nobody left, what is finite is right against what is not: the leaf can be computed.
+    true = true or [key for key in groups if key != _NOT_FINITE] or [_NOT_FINITE]
+    if len(true) > 1:
+        verdict.undecided.append(leaf)
+    elif true == [_NOT_FINITE]:
+        verdict.diverged.append(leaf)
+    else:
+        verdict.guilty.extend(t for t in found if _key(t, compared) != true[0])
 
 
 def _key(testimony: Testimony, compared: bool) -> str:

@@ -8,6 +8,7 @@ the whole reading is replaced at once.
 
 import time
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,5 +67,5 @@ class Pulse:
         self._change(leaf=False, longest_s=max(seconds, self.reading.longest_s))
         return seconds
 
-    def _change(self, **changes: float) -> None:
+    def _change(self, **changes: Any) -> None:
         self.reading = replace(self.reading, count=self.reading.count + 1, **changes)

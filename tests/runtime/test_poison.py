@@ -79,25 +79,25 @@ def test_honest_ranks_are_cleared(size: int, checked: int | None) -> None:
 def test_an_honest_outlier_is_cleared_by_a_second_rank() -> None:
     found = [Said(leaf // 4, leaf, 1.0, None) for leaf in range(7)]
     found.append(Said(1, 7, 2 * OUTLIER, None))
-    assert judge(found, (0, 1)).again == ((7, 0),)
+    assert judge(found, (0, 1)).again == [(7, 0)]
     assert judge([*found, Said(0, 7, 2 * OUTLIER, 5)], (0, 1)) == Verdict()
 
 
 def test_not_finite_on_every_rank_is_the_models_own() -> None:
     found = [Said(0, 3, nan, None), Said(1, 3, inf, 5)]
-    assert judge(found, (0, 1, 2)).diverged == (3,)
-    assert judge(found[:1], (0,)).diverged == (3,)
+    assert judge(found, (0, 1, 2)).diverged == [3]
+    assert judge(found[:1], (0,)).diverged == [3]
 
 
 def test_of_two_ranks_the_one_that_is_not_finite_is_guilty() -> None:
     found = [Said(0, 3, nan, None), Said(1, 3, 1.0, 5)]
-    assert judge(found, (0, 1)).guilty == (found[0],)
+    assert judge(found, (0, 1)).guilty == [found[0]]
 
 
 def test_two_ranks_that_differ_cannot_be_told_apart() -> None:
     found = [Said(0, 3, 1.0, 4), Said(1, 3, 1.0, 5)]
-    assert judge(found, (0, 1)).undecided == (3,)
-    assert judge(found, (0, 1, 2)).again == ((3, 2),)
+    assert judge(found, (0, 1)).undecided == [3]
+    assert judge(found, (0, 1, 2)).again == [(3, 2)]
 
 
 def test_zero_gradients_are_no_suspects() -> None:
@@ -109,5 +109,5 @@ def test_planted_a_judge_that_believes_the_first_blames_the_honest() -> None:
     """What a majority is for."""
     found = [Said(0, 3, 1.0, 4), Said(1, 3, 1.0, 5), Said(2, 3, 1.0, 5)]
     first_is_right = [t for t in found if t.digest != found[0].digest]
-    assert judge(found, (0, 1, 2)).guilty == (found[0],)
+    assert judge(found, (0, 1, 2)).guilty == [found[0]]
     assert found[0] not in first_is_right
