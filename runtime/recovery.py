@@ -108,6 +108,7 @@ class _Entry:
             phases=self._phases(),
             lost=lost,
             rungs=decision.rungs(self.memory.shape),
+            moved=decision.moved(self.memory.shape),
             leaves_kept=kept,
             leaves_missing=training.settings.leaves - kept,
         )

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outlast.checkpoint import stream as module
 from outlast.checkpoint.records import Role, StateShape
-from outlast.checkpoint.stream import stream_bytes, stream_parts
+from outlast.checkpoint.stream import stream_bytes, stream_parts, stream_roles
 from outlast.layout.run import Run
 from outlast.layout.stripe import ALIGN
 
@@ -17,7 +18,8 @@ ROLES = (Role("a", "float64", 8), Role("b", "float32", 4), Role("c", "bfloat16",
 @st.composite
 def streams(draw: st.DrawFn) -> tuple[StateShape, tuple[Run, ...], list[int]]:
     """A shape, disjoint runs, and cuts of their stream, which like a stripe's are aligned."""
-    roles = tuple(role for role in ROLES if draw(st.booleans())) or ROLES[:1]
+    roles = tuple(role for role in draw(st.permutations(ROLES)) if draw(st.booleans()))
+    roles = roles or ROLES[:1]
     at, runs = 0, []
     gaps_and_lengths = st.tuples(st.integers(1, 40), st.integers(1, 90))
     for gap, length in draw(st.lists(gaps_and_lengths, max_size=6)):
@@ -35,7 +37,10 @@ def check_stream(
     """The parts between the cuts are the whole stream, once, in order."""
     widths = {role.name: role.itemsize for role in shape.roles}
     expected = [
-        (role.name, x) for role in shape.roles for run in runs for x in range(run.start, run.stop)
+        (role.name, x)
+        for role in stream_roles(shape)
+        for run in runs
+        for x in range(run.start, run.stop)
     ]
     found: list[tuple[str, int]] = []
     for start, stop in pairwise(cuts):
@@ -62,3 +67,14 @@ def test_planted_holes_and_repetitions_are_noticed() -> None:
     for wrong in ([64, 512, size], [0, 512, size - 64], [0, 512, 448, size]):
         with pytest.raises(AssertionError):
             check_stream(shape, runs, wrong)
+
+
+def test_every_eighth_byte_is_a_border_whatever_the_order_of_the_roles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shape, runs = StateShape("model", 200, ROLES[::-1]), (Run.of(3, 90), Run.of(100, 131))
+    size = stream_bytes(shape, runs)
+    check_stream(shape, runs, [*range(0, size, 8), size])
+    monkeypatch.setattr(module, "stream_roles", lambda shape: list(shape.roles))
+    with pytest.raises((AssertionError, ValueError)):
+        check_stream(shape, runs, [*range(0, size, 8), size])
