@@ -6,6 +6,7 @@ event `Checker` asserts what no schedule may break.
 """
 
 from collections import deque
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -186,3 +187,35 @@ class Network:
     def views(self) -> set[str]:
         """The views of those that are in one."""
         return {self.members(n) for n in self.machines if n in self.members(n)} - {""}
+
+
+def storm(network: Network, steps: int, deaths: int) -> None:
+    """Random faults among random deliveries, then peace."""
+    random = network.random
+    joined = iter("uvwxyz")
+    for _ in range(steps):
+        roll = random.random()
+        names = [n for n in network.machines if n not in network.dead]
+        if roll < 0.75:
+            network.deliver()
+        elif roll < 0.88:
+            network.tick()
+        elif roll < 0.90:
+            network.cut(*random.sample(names, 2))
+        elif roll < 0.91 and deaths > 0:
+            deaths -= 1
+            network.kill(random.choice(names))
+        elif roll < 0.93:
+            network.side = {n: random.randint(0, 1) for n in names}
+        elif roll < 0.95:
+            network.side = {}
+        elif roll < 0.96 and (name := next(joined, "")):
+            network.start(name)
+            network.feed(name, ev.Ready(network.now))
+        else:
+            name = random.choice(names)
+            me = network.machines[name].roster.me
+            described = replace(me, restarts=me.restarts + 1)
+            network.feed(name, ev.Described(network.now, described))
+    network.side = {}
+    network.settle(60)

@@ -1,10 +1,9 @@
 """No schedule of messages, deaths, cuts and partitions makes two agents disagree on a view."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import pytest
-from simulated_network import Network, member
+from simulated_network import Network, member, storm
 
 from outlast.cluster import event as ev
 from outlast.cluster.agreement import Agreement
@@ -12,38 +11,6 @@ from outlast.cluster.roster import Seats
 from outlast.cluster.view import View
 
 SEEDS = range(120)
-
-
-def storm(network: Network, steps: int, deaths: int) -> None:
-    """Random faults among random deliveries, then peace."""
-    random = network.random
-    joined = iter("uvwxyz")
-    for _ in range(steps):
-        roll = random.random()
-        names = [n for n in network.machines if n not in network.dead]
-        if roll < 0.75:
-            network.deliver()
-        elif roll < 0.88:
-            network.tick()
-        elif roll < 0.90:
-            network.cut(*random.sample(names, 2))
-        elif roll < 0.91 and deaths > 0:
-            deaths -= 1
-            network.kill(random.choice(names))
-        elif roll < 0.93:
-            network.side = {n: random.randint(0, 1) for n in names}
-        elif roll < 0.95:
-            network.side = {}
-        elif roll < 0.96 and (name := next(joined, "")):
-            network.start(name)
-            network.feed(name, ev.Ready(network.now))
-        else:
-            name = random.choice(names)
-            me = network.machines[name].roster.me
-            described = replace(me, restarts=me.restarts + 1)
-            network.feed(name, ev.Described(network.now, described))
-    network.side = {}
-    network.settle(60)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
