@@ -191,7 +191,10 @@ def merged(lineages: Sequence[Lineage]) -> Lineage:
         other = known.get(key)
         if other is None or not other.scalars:
             known[key] = averaging
-    return tuple(known[key] for key in sorted(known))
+    lineage: Lineage = ()
+    for key in sorted(known):
+        lineage = extended(lineage, known[key])
+    return lineage
 
 
 def extended(lineage: Lineage, new: Averaging) -> Lineage:

@@ -20,7 +20,7 @@ from enum import StrEnum
 from itertools import zip_longest
 
 from outlast.checkpoint.average import Averager, Fill, extended, merged, superseded
-from outlast.checkpoint.decode import Decode, Readable, decodes
+from outlast.checkpoint.decode import Decode, decodes
 from outlast.checkpoint.protection import record_stripes
 from outlast.checkpoint.records import (
     Averaging,
@@ -141,8 +141,11 @@ class Ladder:
             attempts.append(attempt)
         reasons = [attempt.refusal() for attempt in attempts]
         if self.average is not None:
-            # Fewest elements first: at a step that is only half committed more are missing.
-            for attempt in sorted(attempts, key=lambda attempt: numel(attempt.unrecovered)):
+            # What was done stays done; besides, at a step that is only half committed more is
+            # missing than was lost.
+            done = max(report.done for report in reports)
+            key = lambda attempt: (attempt.step < done, numel(attempt.unrecovered))  # noqa: E731
+            for attempt in sorted(attempts, key=key):
                 averager = attempt.averager(self.average)
                 if reason := averager.refusal():
                     reasons.append(f"step {attempt.step}: {reason}")
@@ -288,10 +291,8 @@ class _Attempt:
             yield Transfer(rung, rank, index, move.dst, move.run)
 
     def _decodes(self) -> tuple[Decode, ...]:
-        found = sorted(self.sources.items(), key=lambda item: not item[1][2].own)
-        readable = [Readable(rank, index, self.held[key]) for key, (rank, index, _) in found]
         shape, reports = self.ladder.shape, self.reports
-        return decodes(shape, reports, self.step, readable, self.missing, self.lineage)
+        return decodes(shape, reports, self.step, self.missing, self.lineage)
 
 
 def _interleaved(reports: Sequence[Report]) -> list[int]:

@@ -78,6 +78,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--zero", type=int, default=2)
     parser.add_argument("--dtype", choices=["bfloat16"])
     parser.add_argument("--parity", type=int, default=1)
+    parser.add_argument("--average")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds of a leaf")
     parser.add_argument("--spot-check", type=int, default=0)
     parser.add_argument("--flaw", default="")
@@ -97,6 +98,7 @@ def prepare(run: outlast.Run, options: argparse.Namespace) -> nn.Module:
         schedule=lambda step: min(1.0, (step + 1) / 4),
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         parity=options.parity,
+        average=options.average,
         spot_check=options.spot_check,
     )
 
@@ -138,6 +140,9 @@ def main() -> None:
             threading.Event().wait()
         run.log(loss=step.loss, norm=step.norm)
     print(f"digest {run.digest()}", flush=True)
+    if options.average:
+        remembered = [[each.step, each.scalars["step"]] for each in run.training.lineage]
+        print(f"lineage {remembered}", flush=True)
     run.close()
 
 
