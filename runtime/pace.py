@@ -1,16 +1,18 @@
 """Who is slow, and how many leaves it should get: from the seconds that a leaf takes on each rank.
 
-A rank's pace is the median of its last `WINDOW` steps; it is measured against the median rank, so
-what slows everybody down is nobody's fault. A rank becomes *slow* beyond `SLOW` and stays so until
+A rank's pace is the median of its last `WINDOW` periods, a period being a step or as many as it
+takes to be worth measuring; it is compared with the median rank's, so what slows everybody down is
+nobody's fault. A rank becomes *slow* beyond `SLOW` and stays so until
 it is below `RECOVERED`. Who computes which leaf changes no bit of the result, so leaves may follow
 the pace; every rank notes the same numbers at the same steps, and so all deal alike. Times are per
 leaf: how many leaves a rank has does not influence its pace.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-WINDOW = 5  # steps; a single long step, as of a collector or a cold cache, is no pace
+WINDOW = 5  # periods; a single long step, as of a collector or a cold cache, is no pace
+PERIOD_S = 1.0  # short steps are noise: on a busy machine 15 ms of one rank are 30 ms of another
 SLOW, RECOVERED = 1.5, 1.2  # of the median rank's time; 42 % of jobs have a rank 1.1 slower
 CHANGE = 0.25  # weights that are off by less than this stay: dealing anew gains nothing
 
@@ -20,25 +22,32 @@ class Pace:
 
     def __init__(self) -> None:
         self._times: dict[int, deque[float]] = {}
+        self._period: dict[int, list[float]] = {}  # seconds of each leaf of the present period
         self._noted = 0
         self.slow: set[int] = set()
 
     def enter(self, holders: Iterable[int]) -> None:
         """A generation begins: everybody starts to measure anew, as a joiner has to."""
         self._times = {holder: deque(maxlen=WINDOW) for holder in holders}
+        self._period = {holder: [] for holder in self._times}
         self._noted = 0
         self.slow &= set(self._times)
 
-    def note(self, seconds: Mapping[int, float | None]) -> dict[int, float]:
-        """Seconds per leaf of one step, None for a holder without a leaf.
+    def note(self, seconds: Mapping[int, Sequence[float]]) -> dict[int, float]:
+        """Seconds of each leaf of one step, by holder.
 
         Returns:
             holders that are slow from now on, with the ratio to the median one.
         """
+        for holder, values in seconds.items():
+            self._period[holder] += values
+        if max(map(sum, self._period.values())) < PERIOD_S:
+            return {}
         self._noted += 1
-        for holder, value in seconds.items():
-            if value is not None:
-                self._times[holder].append(value)
+        for holder, values in self._period.items():
+            if values:
+                self._times[holder].append(sum(values) / len(values))
+                self._period[holder] = []
         ratios = self._ratios()
         fresh = {h: r for h, r in ratios.items() if r >= SLOW and h not in self.slow}
         again = {h for h, r in ratios.items() if r <= RECOVERED}

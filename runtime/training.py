@@ -382,8 +382,8 @@ def _follow_pace(training: Training, heads: Sequence[Mapping[str, Any]]) -> None
     training.leaf.seconds = []
     now, link, pace = training.membership, training.link, training.pace
     rank = now.generation.communicator.rank
-    means = [sum(head["seconds"]) / len(head["seconds"] or [0]) or None for head in heads]
-    slow = pace.note(dict(zip(now.holders, means, strict=True)))
+    seconds = [head["seconds"] for head in heads]
+    slow = pace.note(dict(zip(now.holders, seconds, strict=True)))
     for holder, ratio in slow.items() if rank == 0 else ():
         at = now.holders.index(holder)
         node = now.generation.nodes[at][1]

@@ -92,3 +92,16 @@ def test_release_drops_everything() -> None:
     stack.release()
     assert (stack.nodes, stack.step) == ((), -1)
     assert not stack._free
+
+
+def test_what_has_a_forgotten_leaf_in_it_is_dropped_whole() -> None:
+    stack = filled([0, 1, 2])
+    stack.found = {leaf: (1.0, None) for leaf in range(3)}
+    freed = stack.sums[1, 0].data_ptr()
+    stack.forget(1)
+    assert (stack.nodes, stack.losses) == (((0, 2),), {2: 2.0})
+    assert stack.found.keys() == {2}
+    assert stack.buffer().data_ptr() == freed
+    stack.forget(7)  # of another rank: only what was noted of it
+    assert stack.nodes == ((0, 2),)
+    assert not filled([]).found

@@ -160,7 +160,7 @@ def test_a_rank_that_does_not_come_is_evicted(run: Run, flaw: str) -> None:
 
 
 def test_a_slow_rank_stays_and_is_told_of(run: Run) -> None:
-    job = run(3, 1, "--flaw", "slow", "--pause", "0.05", "--steps", "14")
+    job = run(3, 1, "--flaw", "slow", "--pause", "0.1", "--steps", "14")
     assert job.end() == 0, job.output
     assert job.digests == [alone("--steps", "14")] * 3
     (told,) = job.events("slow_rank")
@@ -171,7 +171,7 @@ def test_a_slow_rank_stays_and_is_told_of(run: Run) -> None:
 
 
 def test_leaves_move_away_from_a_slow_rank_and_change_no_bit(run: Run) -> None:
-    script = ("--flaw", "slow", "--pause", "0.05", "--steps", "14")
+    script = ("--flaw", "slow", "--pause", "0.1", "--steps", "14")
     job = run(3, 1, *script, launch=("--rebalance",))
     assert job.end() == 0, job.output
     assert job.digests == [alone("--steps", "14")] * 3
