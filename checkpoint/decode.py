@@ -93,20 +93,8 @@ class Decode:
             yield self.decoder, output.dst, output.run.numel * width[output.role]
 
 
-@dataclass(frozen=True, slots=True)
-class Readable:
-    """Runs that rank `src` can read from its slot `source`."""
-
-    src: int
-    source: int
-    held: tuple[Run, ...]
-
-
 def windows(decode: Decode, shape: StateShape, size: int) -> Iterator[Decode]:
     """The same in windows of at most `size` bytes of each unit, a multiple of the widest role."""
-    if decode.end - decode.begin <= size:
-        yield decode
-        return
     edges = [*range(decode.begin, decode.end, size), decode.end]
     inputs = _by_window(decode.inputs, edges, shape.widths)
     outputs = _by_window(decode.outputs, edges, shape.widths)
@@ -145,14 +133,12 @@ def decodes(
     shape: StateShape,
     reports: Sequence[Report],
     step: int,
-    readable: Sequence[Readable],
     missing: Mapping[int, Sequence[Run]],
     lineage: Lineage = (),
 ) -> tuple[Decode, ...]:
     """What the parity of `step` can give back of `missing`, that of newer generations first.
 
     Args:
-        readable: all slots of that step; of several that hold an element the first is read.
         missing: rank -> runs that it needs and no slot holds; disjoint.
         lineage: what parity that is older than an averaging of this step counts as lost.
     """
@@ -166,7 +152,7 @@ def decodes(
                 for unit in record.units:
                     known = rows.setdefault((record.generation, unit.stripe), {})
                     known.setdefault(unit.row, []).append(Row(unit.row, report.rank, index))
-    work = _Decoding(shape, readable, missing)
+    work = _Decoding(shape, reports, step, missing)
     for generation in sorted(records, reverse=True):
         record = records[generation]
         averaged = (a for a in lineage if a.step == step and a.generation > generation)
@@ -184,13 +170,19 @@ class _Decoding:
     """The decodes of one step as they are found."""
 
     def __init__(
-        self, shape: StateShape, readable: Sequence[Readable], missing: Mapping[int, Sequence[Run]]
+        self,
+        shape: StateShape,
+        reports: Sequence[Report],
+        step: int,
+        missing: Mapping[int, Sequence[Run]],
     ) -> None:
         self.made: list[Decode] = []
-        self._shape, self._readable = shape, readable
-        self._widths = shape.widths
+        self._shape, self._widths = shape, shape.widths
         self._ranks = list(missing)
-        self._held = _Cover([source.held for source in readable])
+        slots = [(r.rank, n, slot) for r in reports for n, slot in enumerate(r.slots)]
+        # Of several slots that hold an element the first is read: rather that of a live worker.
+        self._slots = sorted((s for s in slots if s[2].step == step), key=lambda s: not s[2].own)
+        self._held = _Cover([slot.held for _, _, slot in self._slots])
         self._without: list[Run] = []
         wanted = [missing[rank] for rank in self._ranks]
         self._wanted = {role.name: _Cover(wanted) for role in shape.roles}
@@ -200,7 +192,7 @@ class _Decoding:
         """From now on count these runs as lost, whoever holds them."""
         if without != self._without:
             self._without = without
-            self._held = _Cover([subtract(source.held, without) for source in self._readable])
+            self._held = _Cover([subtract(slot.held, without) for _, _, slot in self._slots])
 
     def lacks(self, runs: Iterable[Run]) -> bool:
         """Whether some of `runs` is in no slot."""
@@ -223,8 +215,7 @@ class _Decoding:
                 for start, stop, index in self._held.pieces(run):
                     end = at + (stop - start) * width
                     if index >= 0:
-                        source = self._readable[index]
-                        where = (source.src, source.source)
+                        where = self._slots[index][:2]
                         inputs.append(Part(unit, at, role, Run.of(start, stop), *where))
                     else:
                         if gaps and gaps[-1][1:] == (at, unit):
@@ -257,15 +248,10 @@ class _Decoding:
         word = max(self._widths.values())
         holes = [(begin // word * word, -(-end // word) * word, unit) for begin, end, unit in gaps]
         edges = sorted({edge for begin, end, _ in holes for edge in (begin, end)})
-        lost: list[set[int]] = [set() for _ in pairwise(edges)]
-        place = {edge: index for index, edge in enumerate(edges)}
-        for begin, end, unit in holes:
-            for index in range(place[begin], place[end]):
-                lost[index].add(unit)
         left = _by_window(inputs, edges, self._widths)
         gone = _by_window(outputs, edges, self._widths)
         for index, (begin, end) in enumerate(pairwise(edges)):
-            units = lost[index]
+            units = {unit for first, last, unit in holes if first <= begin < last}
             if gone[index] and len(units) <= len(rows):
                 sound = tuple(part for part in left[index] if part.unit not in units)
                 draft = Decode(
@@ -279,10 +265,10 @@ class _Decoding:
         """Choose who decodes and with which rows: the fewest bytes move; of equals, the rank that
         has received the fewest so far."""
         local: Counter[int] = Counter()
-        for part in draft.inputs:
-            local[part.src] += part.run.numel * self._widths[part.role]
-        for output in draft.outputs:
-            local[output.dst] += output.run.numel * self._widths[output.role]
+        for src, dst, moved in draft.moved(self._shape):
+            local[src] += moved
+            local[dst] += moved
+        del local[draft.decoder]  # nobody yet
         size, count = draft.end - draft.begin, len(draft.lost)
         here = Counter(rank for at in rows.values() for rank in {row.src for row in at})
         for rank, number in here.items():

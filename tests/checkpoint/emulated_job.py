@@ -33,7 +33,7 @@ from outlast.checkpoint.stream import stream_parts
 from outlast.layout.layout import Layout, deal, replicate
 from outlast.layout.run import Run, union
 from outlast.layout.space import Space, Tensor
-from outlast.layout.stripe import Piece, Stripe
+from outlast.layout.stripe import Stripe
 
 Array = np.ndarray
 ROLES = (Role("param", "float32", 4), Role("exp_avg", "bfloat16", 2))
@@ -169,7 +169,7 @@ class EmulatedJob:
         named = {str(holder): node for holder, node in domains.items()}
         described = self.layout.as_json(), named, protection
         made = layout_stripes(self.shape, flaw or self.layout, domains, protection)
-        encoded = {stripe.index: self._encode(stripe, step) for stripe in made}
+        encoded = {stripe.index: _encode(stripe, self._streams(stripe, step)) for stripe in made}
         for holder in self.ranks if encoders is None else encoders:
             memory = self.memories[holder]
             half = ParityMemory.spare(memory, self.keep)  # type: ignore[arg-type]
@@ -185,17 +185,15 @@ class EmulatedJob:
         if encoders is None:
             self.keep = (step, self.generation)
 
-    def _encode(self, stripe: Stripe, step: int) -> list[Array]:
-        data = [self._stream(piece, step) for piece in stripe.data]
-        parity = [np.empty(stripe.length, np.uint8) for _ in stripe.parity]
-        Code(len(data), len(parity)).encode(data, parity)
-        return parity
-
-    def _stream(self, piece: Piece, step: int) -> Array:
-        runs = self.layout.runs(piece.holder)
-        half = next(h for h in self.memories[piece.holder].halves if h and h.step == step)
-        parts = stream_parts(self.shape, runs, piece.start, piece.stop)
-        return _joined(cut(half.data[role], role, run) for role, run in parts)
+    def _streams(self, stripe: Stripe, step: int) -> list[Array]:
+        """The data units, without their padding."""
+        found = []
+        for piece in stripe.data:
+            runs = self.layout.runs(piece.holder)
+            half = next(h for h in self.memories[piece.holder].halves if h and h.step == step)
+            parts = stream_parts(self.shape, runs, piece.start, piece.stop)
+            found.append(_joined(cut(half.data[role], role, run) for role, run in parts))
+        return found
 
     # What happens to it
 
@@ -308,6 +306,12 @@ class EmulatedJob:
                 ]
                 arrived[out.dst].append(out.run)
         return [(d, union((), runs)) for d, runs in zip(data, arrived, strict=True)]
+
+
+def _encode(stripe: Stripe, data: list[Array]) -> list[Array]:
+    parity = [np.empty(stripe.length, np.uint8) for _ in stripe.parity]
+    Code(len(data), len(parity)).encode(data, parity)
+    return parity
 
 
 def _joined(parts: Iterable[Array]) -> Array:

@@ -3,7 +3,9 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from outlast.checkpoint.average import (
     shares,
     superseded,
 )
-from outlast.checkpoint.decode import Readable, decodes
+from outlast.checkpoint.decode import decodes
 from outlast.checkpoint.ladder import Recovery, Rung
 from outlast.checkpoint.records import Averaging, Protection, Report, SlotRecord
 from outlast.cluster.errors import StateLost
@@ -65,9 +67,10 @@ def test_weights_add_up(first: float, second: float, kind: str) -> None:
     assert (shared[0] >= shared[1]) == (first >= second) or shared[0] == shared[1]
 
 
-@pytest.mark.parametrize("array", [torch.tensor, np.array])
-def test_the_mean_keeps_the_precision_and_a_copy_the_bits(array: object) -> None:
-    make = lambda values: array(values, dtype=torch.float32 if array is torch.tensor else "f4")  # type: ignore[operator]  # noqa: E731
+@pytest.mark.parametrize(
+    "make", [partial(torch.tensor, dtype=torch.float32), partial(np.array, dtype=np.float32)]
+)
+def test_the_mean_keeps_the_precision_and_a_copy_the_bits(make: Any) -> None:
     x, y = make([0.1, 5.0]), make([0.3, -5.0])
     assert blend([x, y], [0.25, 0.75]).dtype == x.dtype
     assert blend([x, y], [0.25, 0.75]).tolist() == pytest.approx([0.25, -2.5])
@@ -176,7 +179,7 @@ def test_two_neighbours_are_refused_by_name() -> None:
     job = job_of(4)
     with pytest.raises(StateLost, match=r"step 2: (two adjacent blocks|no block of the same kind)"):
         decide(lost(job, "node1", "node2"))
-    with pytest.raises(StateLost, match="step 2: [0-9]+ elements are in no memory or parity"):
+    with pytest.raises(StateLost, match=r"step 2: [0-9]+ elements are in no memory or parity"):
         decide(lost(job, "node1", "node2"))
 
 
@@ -266,15 +269,14 @@ def test_parity_from_before_an_averaging_takes_what_was_averaged_for_lost() -> N
     job = job_of(4, m=1)
     left = lost(job, "node2")
     _, _, reports = left.sources()
-    readable = [
-        Readable(report.rank, index, slot.held)
-        for report in reports for index, slot in enumerate(report.slots) if slot.step == 2
-    ]  # fmt: skip
+    held = [
+        run for report in reports for slot in report.slots if slot.step == 2 for run in slot.held
+    ]
     strange = job.layout.runs(job.ranks[0])[:1]
-    missing = {0: subtract([Run.of(0, SPACE.numel)], [r for one in readable for r in one.held])}
+    missing = {0: subtract([Run.of(0, SPACE.numel)], held)}
     averaging = Averaging(2, 5, "squared", (), (), strange, {})
-    plain = decodes(job.shape, reports, 2, readable, missing)
-    careful = decodes(job.shape, reports, 2, readable, missing, (averaging,))
+    plain = decodes(job.shape, reports, 2, missing)
+    careful = decodes(job.shape, reports, 2, missing, (averaging,))
     read = lambda made: [p.run for d in made for p in d.inputs]  # noqa: E731
     assert intersect(read(plain), strange)
     assert not intersect(read(careful), strange)
