@@ -215,7 +215,7 @@ class Agent:
         self.desk.relay.install(view.generation)
         for worker in self.crew.attached:
             self.desk.show_view(worker)
-        members = [{"node": m.node, "agent": m.agent, "spare": m.spare,
+        members = [{"node": m.node, "agent": m.agent, "rack": m.rack, "spare": m.spare,
                     "workers": [] if m.spare else [w.holder for w in m.workers]}
                    for m in view.members]  # fmt: skip
         self.event("view", generation=view.generation, members=members, proposer=proposer,
@@ -270,6 +270,7 @@ class Agent:
         self.progress.causes[agent] = cause
         reach("detect", lost=agent)
         self.event("peer_lost", peer=agent, peer_node=node, cause=cause)
+        self.ending.check()
 
 
 def own_address(endpoint: tuple[str, int]) -> str:

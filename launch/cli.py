@@ -24,39 +24,41 @@ from outlast.launch.topology import read_racks
 EXIT_MISUSE = 2
 NOTED = "Accepted for torchrun's sake; outlast has no such choice."
 
-# name, type (None: a flag), default, help, and a short form
+# name, type (None: a flag), default, help, and a short form; in the order of the help: who takes
+# part, what becomes of losses, the script, what is written, and last what torchrun also has
 OPTIONS: tuple[tuple[str, Any, Any, str, str], ...] = (
     ("nnodes", str, "1", "Number of nodes: N, or MIN:MAX.", ""),
-    ("spares", int, 0, "Nodes beyond --nnodes that wait, ready, for a lost one's place.", ""),
+    ("spares", int, 0, "Nodes beyond those that wait, ready, for a lost one's place.", ""),
     ("nproc-per-node", str, "1", "Workers per node: a number, auto, cpu or gpu.", ""),
-    ("rdzv-backend", str, "outlast", NOTED, ""),
+    ("standalone", None, False, "All nodes on this machine; no endpoint or key needed.", ""),
     ("rdzv-endpoint", str, "", "Where agents meet: HOST:PORT[,HOST:PORT…].", ""),
     ("rdzv-id", str, "none", "Name of the job.", ""),
-    ("rdzv-conf", str, "", NOTED + " All waits follow --heartbeat.", ""),
-    ("standalone", None, False, "All nodes on this machine; no endpoint or key needed.", ""),
+    ("job-key-file", str, "", "File with the job's secret key, instead of OUTLAST_JOB_KEY.", ""),
+    ("node-name", str, "", "Name of this node [default: its host name].", ""),
+    ("local-addr", str, "", "Address of this node that others can reach.", ""),
+    ("topology", str, "", "TOML file of what fails as a whole: [racks], rack = [\"node\", …] "
+     "[default: as SLURM says].", ""),
+    ("heartbeat", float, 0.5, "Seconds between signs of life; all waits are multiples.", ""),
     ("max-restarts", int, 0, "Failures of the script to forgive; kills always are.", ""),
-    ("monitor-interval", float, 0.1, NOTED + " Workers are watched without polling.", ""),
-    ("start-method", click.Choice(["spawn", "fork", "forkserver"]), "spawn", NOTED, ""),
-    ("role", str, "default", "ROLE_NAME of the workers.", ""),
+    ("rebalance", None, False, "Fewer leaves for slow workers, with the same results.", ""),
+    ("poison", click.Choice(["evict", "report"]), "evict",
+     "What becomes of a worker that computes wrong gradients.", ""),
+    ("shutdown-timeout", float, None, "Seconds from SIGTERM to SIGKILL [50 heartbeats].", ""),
     ("module", None, False, "SCRIPT is a Python module.", "m"),
     ("no-python", None, False, "Run SCRIPT itself, not with Python.", ""),
-    ("run-path", None, False, NOTED + " The script runs as usual.", ""),
+    ("role", str, "default", "ROLE_NAME of the workers.", ""),
     ("log-dir", str, "", "Directory of logs [default: outlast_logs/JOB].", ""),
     ("redirects", str, "0", "To files: 0..3 (1 stdout, 2 stderr) or RANK:0..3,…", "r"),
     ("tee", str, "0", "To files and the console, in the same form.", "t"),
     ("local-ranks-filter", str, "", "Only these local ranks on the console: 0,1,…", ""),
-    ("node-rank", int, 0, NOTED + " Ranks follow the view.", ""),
     ("master-addr", str, "", "Same as --rdzv-endpoint MASTER_ADDR:MASTER_PORT.", ""),
     ("master-port", int, 0, "See --master-addr.", ""),
-    ("local-addr", str, "", "Address of this node that others can reach.", ""),
-    ("shutdown-timeout", float, None, "Seconds from SIGTERM to SIGKILL [50 heartbeats].", ""),
-    ("heartbeat", float, 0.5, "Seconds between signs of life; all waits are multiples.", ""),
-    ("rebalance", None, False, "Fewer micro-batches for slow workers; same results.", ""),
-    ("poison", click.Choice(["evict", "report"]), "evict",
-     "What to do with a worker that computes wrong gradients.", ""),
-    ("topology", str, "", "TOML file: [racks], rack = [\"node\", …]. SLURM's is known.", ""),
-    ("job-key-file", str, "", "File with the job's secret key, instead of OUTLAST_JOB_KEY.", ""),
-    ("node-name", str, "", "Name of this node [default: its host name].", ""),
+    ("node-rank", int, 0, NOTED + " Ranks follow the view.", ""),
+    ("rdzv-backend", str, "outlast", NOTED, ""),
+    ("rdzv-conf", str, "", NOTED + " All waits follow --heartbeat.", ""),
+    ("monitor-interval", float, 0.1, NOTED + " Workers are watched without polling.", ""),
+    ("start-method", click.Choice(["spawn", "fork", "forkserver"]), "spawn", NOTED, ""),
+    ("run-path", None, False, NOTED + " The script runs as usual.", ""),
 )
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,12 @@ def parse(*arguments: str) -> LaunchConfig:
         (["-m"], "module", True),
         (["-r", "3", "-t", "0:1"], "tee", "0:1"),
         (["--heartbeat", "0.2"], "heartbeat_s", 0.2),
+        (["--spares", "2"], "spares", 2),
+        (["--rebalance"], "rebalance", True),
+        ([], "rebalance", False),
+        (["--poison", "report"], "poison", "report"),
+        ([], "poison", "evict"),
+        ([], "racks", {}),
         (["--rdzv-backend", "c10d", "--rdzv-conf", "timeout=9", "--monitor_interval", "1"],
          "script_args", ("--its", "own")),
     ],
@@ -59,6 +66,9 @@ def test_pet_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--max-restarts", "x", __file__], "--max-restarts"),
         (["--tee", "7", __file__], "--tee"),
         (["--heartbeat", "0", __file__], "--heartbeat"),
+        (["--spares", "-1", __file__], "--spares"),
+        (["--poison", "no", __file__], "--poison"),
+        (["--topology", "/nowhere", __file__], "--topology /nowhere"),
         (["--nnodes", "2", __file__], "--rdzv-endpoint"),
         (["--nnodes", "2", "--rdzv-endpoint", "a:1", __file__], "openssl rand -hex 32"),
         (["--nnodes", "2", "--rdzv-endpoint", "a:x", __file__], "'a:x'"),
@@ -98,7 +108,8 @@ def test_help_is_quick_and_without_torch() -> None:
 
 
 def test_config_survives_json() -> None:
-    config = parse("--nnodes", "2", "--standalone", "--local-ranks-filter", "1")
+    config = parse("--nnodes", "2", "--standalone", "--local-ranks-filter", "1", "--spares", "1")
+    config = replace(config, racks={"node0": "r1"})
     assert LaunchConfig.from_json(config.as_json()) == config
 
 

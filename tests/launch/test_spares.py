@@ -102,3 +102,19 @@ def test_a_plain_script_is_restarted_with_the_spare(start: Start, tmp_path: Path
     assert job.end() == 0, job.output
     assert [path.read_text() for path in started.iterdir()] == ["2"] * 4
     assert seats(job) == {"node0": False, "node2": False}
+
+
+def test_racks_are_known_to_all_and_a_forgotten_node_is_refused(
+    start: Start, tmp_path: Path
+) -> None:
+    topology = tmp_path / "racks.toml"
+    topology.write_text('[racks]\nleft = ["node0"]\nright = ["node1", "node2"]\n')
+    flags = (*FLAGS, "--topology", str(topology))
+    job = start(*flags, "--spares", "1", *fake(3))
+    assert job.end() == 0, job.output
+    for view in job.events("view"):
+        racks = {m["node"]: m["rack"] for m in view["members"]}
+        assert racks == {"node0": "left", "node1": "right", "node2": "right"}
+    refused = start(*flags, "--spares", "2", *fake(3), name="refused")
+    assert refused.end() == 2
+    assert "node node3 is in no rack" in refused.output

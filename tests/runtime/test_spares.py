@@ -1,8 +1,12 @@
 """Spares: they wait, take a lost node's place in the same step, and change no bit."""
 
+import os
+import signal
+import socket
 from collections.abc import Callable
+from pathlib import Path
 
-from training_job import TrainingJob, alone
+from training_job import ENVIRONMENT, TrainingJob, alone
 
 Start = Callable[..., TrainingJob]
 STEPS = ("--steps", "80")
@@ -45,3 +49,53 @@ def test_a_spare_takes_a_lost_nodes_place_in_the_same_step(start: Start) -> None
     assert max(e["redone"] for e in recovered) <= 1
     assert job.digests == [alone(*STEPS)] * 3
     assert job.steps == list(range(1, 81))
+
+
+def test_two_nodes_and_a_spare_lose_both_nodes_in_turn(tmp_path: Path) -> None:
+    """Three nodes, each a launch of its own: one is lost and returns as the spare, and then takes
+    the place of the first, which two nodes alone could not have lost."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = ["--nnodes", "2", "--spares", "1", "--rdzv-id", "spares", "--local-addr", "127.0.0.1",
+             f"--rdzv-endpoint=127.0.0.1:{port}"]  # fmt: skip
+    environment = {**ENVIRONMENT, "OUTLAST_JOB_KEY": "a key that is long enough for a job"}
+
+    def node(index: int) -> TrainingJob:
+        launch = [*flags, "--node-name", f"node{index}"]
+        script = ["--pause", "0.15", *STEPS]
+        jobs.append(TrainingJob(tmp_path / "logs", launch, script, environment, session=True))
+        return jobs[-1]
+
+    def kill(job: TrainingJob, name: str) -> None:
+        job.kill_node(name)
+        os.killpg(job.process.pid, signal.SIGKILL)
+        job.process.wait()
+
+    def wait_for_seats(job: TrainingJob, train: list[str], wait: list[str]) -> None:
+        job.wait(lambda: seats(job)[-1:] == [(train, wait)], f"{train} with {wait} waiting")
+
+    jobs: list[TrainingJob] = []
+    try:
+        first = node(0)
+        first.wait(lambda: first.events("started"), "the founder")
+        second, third = node(1), node(2)
+        wait_for_spares(third, 1)
+        waiting = seats(third)[0][1][0]
+        (lost,) = {"node1", "node2"} - {waiting}
+        first.wait_for_step(2)
+        kill(second if lost == "node1" else third, lost)
+        wait_for_seats(first, ["node0", waiting], [])
+        back = node(int(lost[-1]))
+        wait_for_seats(first, ["node0", waiting], [lost])
+        first.wait_for_step(max(first.steps) + 3)
+        kill(first, "node0")
+        wait_for_seats(back, ["node1", "node2"], [])
+        alive = [back, third if lost == "node1" else second]
+        assert [job.end() for job in alive] == [0, 0], back.output
+        assert [job.digests for job in alive] == [[alone(*STEPS)]] * 2
+        assert back.steps == list(range(1, 81))
+        assert len(back.events("spare_promoted")) == 2
+    finally:
+        for job in jobs:
+            job.stop()
