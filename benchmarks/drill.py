@@ -73,7 +73,8 @@ def one_job(config: DrillConfig, twin: Path) -> dict[str, Any]:
         orphans = left_behind(set_traps.path)
         if config.twin:
             shape = Shape(nodes=1, workers=2, script=config.shape.script)
-            DrilledJob(twin, shape, set_traps).run_to_end()
+            with DrilledJob(twin, shape, set_traps) as alone:
+                alone.await_end()
     return judge(drill, failure, orphans, twin)[0]
 
 
@@ -106,7 +107,6 @@ def run_ratio(args: argparse.Namespace, mtbf_s: float, out: Path) -> dict[str, f
         kinds=("kill-worker", "kill-node"), pace_s=args.pace,
     )  # fmt: skip
     with traps(frozenset({*config.points, "reduce"})) as set_traps:
-        set_traps.pace_s = args.pace
         job = DrilledJob(out / "disturbed", shape, set_traps)
         drill = Drill(config, job, say)
         with job:
@@ -116,7 +116,7 @@ def run_ratio(args: argparse.Namespace, mtbf_s: float, out: Path) -> dict[str, f
             drill.wait_until(began + twin_s)
             undisturbed = (job.watch.step - before) / (time.monotonic() - began)
             first, begins = job.watch.step, time.time()
-            drill.poisson(duration_s)
+            drill.poisson()
             committed, ends = job.watch.step - first, time.time()
     told = [e for e in events_of(out / "disturbed") if begins < e["time"] < ends]
     recovered = {e["generation"]: e["redone"] for e in told if e["event"] == "recovered"}

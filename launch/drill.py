@@ -15,13 +15,12 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 
 from outlast.cluster.errors import Misuse
@@ -29,13 +28,7 @@ from outlast.cluster.failpoint import RECOVERY, STEP
 from outlast.launch.drilled_job import RETURN_LIMIT_S, DrilledJob, DrillFailed, Shape
 from outlast.launch.fault import DRAWN, KINDS, Salvo, draw, parse
 from outlast.launch.namespaces import Namespaces, missing
-from outlast.launch.report import (
-    FAULTS_FILE,
-    METRICS_FILE,
-    load_run,
-    read_lines,
-    write_report,
-)  # fmt: skip
+from outlast.launch.report import FAULTS_FILE, METRICS_FILE, load_run, read_lines, write_report
 from outlast.launch.strike import Striker, Struck
 from outlast.launch.timeline import RunRecord
 from outlast.launch.trap import Traps
@@ -43,12 +36,12 @@ from outlast.launch.verdict import announced, digests, promises, spelt, table, t
 
 EXIT_PASSED, EXIT_VIOLATED, EXIT_NOT_RUN = 0, 1, 3
 ORPHAN_LIMIT_S = 5.0
-QUORUM_NODES = 3  # a Poisson fault is put off while a loss would leave fewer than a majority of 3
+QUORUM_NODES = 3  # with a mean time between failures no fault strikes while fewer are at work
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrillConfig:
-    """The flags of `outlast drill`; `salvos` or `rounds` or `mtbf_s` say what is done."""
+    """What is done to which job: `salvos`, or so many random `rounds`, or faults `mtbf_s` apart."""
 
     shape: Shape
     out: Path
@@ -57,22 +50,35 @@ class DrillConfig:
     mtbf_s: float = 0.0
     duration_s: float = 0.0
     seed: int = 0
-    kinds: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = DRAWN
     namespaces: bool = False
     twin: bool = True
     pace_s: float = 0.0
 
+    def __post_init__(self) -> None:
+        wrong = [kind for kind in self.kinds if kind not in KINDS]
+        demands = (
+            (self.salvos or self.rounds or self.mtbf_s,
+             "nothing to do: give --fault SPEC, --faults FILE, --rounds N or --mtbf S"),
+            (self.shape.nodes >= 3,
+             "--nodes: at least 3, so that a quorum is left when one is lost"),
+            (not self.mtbf_s or self.duration_s > 0, "--mtbf needs --duration SECONDS"),
+            (not wrong, f"--kinds: {wrong} is none of {', '.join(KINDS)}"),
+            (Path(self.shape.script[0]).is_file(),
+             f"script {self.shape.script[0]!r} does not exist"),
+        )  # fmt: skip
+        for holds, complaint in demands:
+            if not holds:
+                raise Misuse(complaint)
+
     @property
     def points(self) -> frozenset[str]:
-        """Failpoints to arm."""
+        """Failpoints to arm: those of the orders, or any that may be drawn."""
         orders = [order for salvo in self.salvos for order in salvo]
-        kinds = {*self.kinds, *(order.kind for order in orders)}
         used = {order.phase for order in orders} - {""}
-        used |= {"reduce"} if self.pace_s or "hang" in kinds or not self.mtbf_s else set()
-        used |= {"leaf"} if "poison" in kinds else set()
-        if self.rounds:  # any of them may be drawn
-            used |= {*STEP, *RECOVERY}
-        return frozenset(used)
+        used |= {"reduce"} if self.pace_s or not self.mtbf_s else set()
+        used |= {*STEP, *RECOVERY} if self.rounds else set()
+        return frozenset(used | {"leaf" for order in orders if order.kind == "poison"})
 
 
 def config_of(options: dict[str, Any]) -> DrillConfig:
@@ -83,98 +89,79 @@ def config_of(options: dict[str, Any]) -> DrillConfig:
             specs += tomllib.loads(Path(options["file"]).read_text(encoding="utf-8"))["faults"]
         except (OSError, KeyError, ValueError) as error:
             raise Misuse(f"--faults: {options['file']} has no list `faults`: {error}") from error
-    kinds = tuple(filter(None, options["kinds"].split(","))) or DRAWN
-    if wrong := [kind for kind in kinds if kind not in KINDS]:
-        raise Misuse(f"--kinds: {wrong[0]!r} is none of {', '.join(KINDS)}")
-    if not Path(options["script"]).is_file():
-        raise Misuse(f"script {options['script']!r} does not exist")
-    if options["nodes"] < 3:
-        raise Misuse("--nodes: at least 3, so that a quorum is left when one is lost")
-    if options["mtbf"] and not options["duration"] > 0:
-        raise Misuse("--mtbf needs --duration SECONDS")
-    if not (specs or options["rounds"] or options["mtbf"]):
-        raise Misuse("nothing to do: give --fault SPEC, --faults FILE, --rounds N or --mtbf S")
     shape = Shape(
         nodes=options["nodes"], workers=options["nproc_per_node"], spares=options["spares"],
         launch=tuple(shlex.split(options["launch_flags"])),
         script=(options["script"], *options["script_args"]),
     )  # fmt: skip
+    kinds = tuple(filter(None, options["kinds"].split(","))) or DRAWN
+    same = ("rounds", "seed", "namespaces", "twin")
     return DrillConfig(
         shape=shape, out=Path(options["log_dir"]).absolute(), salvos=tuple(map(parse, specs)),
-        rounds=options["rounds"], mtbf_s=options["mtbf"], duration_s=options["duration"],
-        seed=options["seed"], kinds=kinds if not specs else (), namespaces=options["namespaces"],
-        twin=options["twin"], pace_s=options["pace"],
+        mtbf_s=options["mtbf"], duration_s=options["duration"], pace_s=options["pace"],
+        kinds=kinds, **{name: options[name] for name in same},
     )  # fmt: skip
 
 
 class Drill:
     """One job under faults; `struck` is what was done to it so far."""
 
-    def __init__(self, config: DrillConfig, job: DrilledJob, say: Any) -> None:
+    def __init__(self, config: DrillConfig, job: DrilledJob, say: Callable[[str], None]) -> None:
         self.config, self.job, self.say = config, job, say
         self.generator = random.Random(config.seed)
-        planned = bool(config.salvos)
-        self.striker = Striker(job, None if planned else self.generator)
+        self.striker = Striker(job, None if config.salvos else self.generator)
         self.struck: list[Struck] = []
+        job.pace_s, job.patient = config.pace_s, not config.mtbf_s
 
     def run(self) -> None:
         """All faults, then the job to its end."""
-        self.job.traps.pace_s = self.config.pace_s
-        with self.job:
-            self.say(f"{len(self.job.names)} nodes start; logs in {self.job.out}")
+        job = self.job
+        with job:
+            self.say(f"{len(job.names)} nodes start; logs in {job.out}")
             if self.config.mtbf_s:
-                self.poisson(self.config.duration_s)
-            else:
-                for salvo in self._salvos():
-                    self.job.await_strength(salvo[0].step)
-                    if self.config.rounds:  # at any moment of a step
-                        time.sleep(self.generator.uniform(0, max(self.config.pace_s, 0.2)))
-                    self._strike(salvo)
-            self.job.over_is_news = False
-            self.job.await_strength()
-            if not self.job.ended():
-                self.say(f"step {self.job.watch.step}: everything is back; to the end")
-            self.job.traps.pace_s = 0.0
-            self.job.await_end()
+                self.poisson()
+            for salvo in self._salvos():
+                job.await_strength(salvo[0].step)
+                if self.config.rounds:  # at any moment of a step
+                    time.sleep(self.generator.uniform(0, max(self.config.pace_s, 0.2)))
+                self._strike(salvo)
+            job.over_is_news = False
+            job.await_strength()
+            self.say(f"step {job.watch.step}: everything is back; to the end")
+            job.pace_s = 0.0
+            job.await_end()
 
     def _salvos(self) -> Iterator[Salvo]:
         yield from self.config.salvos
         for _ in range(self.config.rounds):
             yield draw(self.generator, self.config.kinds)
 
-    def poisson(self, duration_s: float) -> None:
-        """Faults at random moments, `mtbf_s` apart in the mean; the clock starts at full
-        strength."""
+    def poisson(self) -> None:
+        """Faults at random moments; the clock starts at full strength."""
         job, generator = self.job, self.generator
         job.await_strength()
-        began = due = time.monotonic()
-        while True:
-            due += generator.expovariate(1 / self.config.mtbf_s)
-            last = due > began + duration_s
-            self.wait_until(min(due, began + duration_s), 0 if last else QUORUM_NODES)
-            if last:
-                return
+        due = time.monotonic()
+        end = due + self.config.duration_s
+        while (due := due + generator.expovariate(1 / self.config.mtbf_s)) < end:
+            self.wait_until(due, QUORUM_NODES)
             self._strike(draw(generator, self.config.kinds)[:1])
+        self.wait_until(end)
 
     def wait_until(self, due: float, nodes: int = 0) -> None:
         """Until a moment of the monotonic clock, and so many nodes at work."""
-        job = self.job
-
-        def ready() -> bool | None:
-            return True if time.monotonic() >= due and len(job.working) >= nodes else None
-
-        limit_s = due - time.monotonic() + RETURN_LIMIT_S
-        job.watch.until(ready, f"{nodes} nodes at work", limit_s)
+        job, limit_s = self.job, due - time.monotonic() + RETURN_LIMIT_S
+        job.await_that(
+            lambda: time.monotonic() >= due and len(job.working) >= nodes,
+            f"{nodes} nodes at work", limit_s,
+        )  # fmt: skip
 
     def _strike(self, salvo: Salvo) -> None:
         self.say(f"step {self.job.watch.step}: {' + '.join(order.kind for order in salvo)}")
         for struck in self.striker.strike(salvo):
             self.struck.append(struck)
-            if struck.fault is not None:
-                self.say(f"step {self.job.watch.step}: {struck.fault.label}; "
-                         + ("took effect" if struck.sign else struck.why))  # fmt: skip
-            else:
-                self.say(struck.why)
+            what = struck.fault.label if struck.fault is not None else str(struck.order)
+            said = "took effect" if struck.sign else struck.why
+            self.say(f"step {self.job.watch.step}: {what}: {said}")
 
 
 def run_drill(config: DrillConfig, console: Console, as_json: Path | None) -> int:
@@ -182,31 +169,42 @@ def run_drill(config: DrillConfig, console: Console, as_json: Path | None) -> in
     if config.namespaces and missing():
         console.print(f"not run: network namespaces: {missing()}", style="yellow")
         return EXIT_NOT_RUN
-    clear(config.out)
+    for name in ("disturbed", "twin", "nodes"):  # what an earlier drill left, and nothing else
+        shutil.rmtree(config.out / name, ignore_errors=True)
+    config.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's shell ignores it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the clean-up
 
     def say(text: str) -> None:
-        console.print(f"[dim]drill[/dim]  {text}", highlight=False)
+        console.print(f"[dim]drill[/dim]  {text}", highlight=False, soft_wrap=True)
 
-    drill = None
     failure = ""
-    with traps(config.points) as set_traps, ExitStack() as stack:
-        network = stack.enter_context(namespaces(config)) if config.namespaces else None
-        job = DrilledJob(config.out / "disturbed", config.shape, set_traps, network)
-        drill = Drill(config, job, say)
+    with traps(config.points) as armed, ExitStack() as stack:
+        network = None
+        if config.namespaces:
+            network = stack.enter_context(Namespaces(config.shape.names))
+        drill = Drill(
+            config, DrilledJob(config.out / "disturbed", config.shape, armed, network), say
+        )
         try:
             drill.run()
+            if config.twin:
+                say("the twin: the same command, left alone")
+                run_twin(config, armed)
         except (DrillFailed, TimeoutError) as error:
             failure = str(error)
-        orphans = left_behind(set_traps.path)
-        if config.twin and not failure:
-            say("the twin: the same command, left alone")
-            try:
-                run_twin(config, set_traps)
-            except (DrillFailed, TimeoutError) as error:
-                failure = f"the twin: {error}"
-    return conclude(config, drill, (failure, orphans), console, as_json)
+        orphans = left_behind(armed.path)
+    twin = config.out / "twin" if config.twin and not failure else None
+    result, run = judge(drill, failure, orphans, twin)
+    for path in filter(None, (config.out / "verdict.json", as_json)):
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    show(result, console)
+    try:
+        write_report(config.out / "report.html", run, load_run(twin) if twin else None)
+        console.print(f"report: {config.out / 'report.html'}", highlight=False, soft_wrap=True)
+    except Misuse as error:
+        console.print(str(error), style="yellow")
+    return exit_code(result)
 
 
 @contextmanager
@@ -217,43 +215,28 @@ def traps(points: frozenset[str]) -> Iterator[Traps]:
         yield found
 
 
-def namespaces(config: DrillConfig) -> Namespaces:
-    """One network namespace per node."""
-    count = config.shape.nodes + config.shape.spares
-    width = len(str(count - 1))
-    return Namespaces([f"node{index:0{width}}" for index in range(count)])
-
-
-def run_twin(config: DrillConfig, set_traps: Traps) -> None:
+def run_twin(config: DrillConfig, armed: Traps) -> None:
     """The same command, left alone: fewer processes, the same bits."""
     shape = replace(config.shape, nodes=1, workers=2, spares=0)
-    DrilledJob(config.out / "twin", shape, set_traps).run_to_end()
+    with DrilledJob(config.out / "twin", shape, armed) as job:
+        job.await_end()
 
 
 def left_behind(socket: Path) -> list[str]:
     """Processes of the drilled job that are still there after a moment's grace."""
+
+    def armed() -> Iterator[str]:
+        for file in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if str(socket).encode() in file.read_bytes():
+                    yield f"process {file.parent.name}"
+            except OSError:  # gone, or somebody else's
+                continue
+
     deadline = time.monotonic() + ORPHAN_LIMIT_S
-    while (found := list(_armed(socket))) and time.monotonic() < deadline:
+    while (found := list(armed())) and time.monotonic() < deadline:
         time.sleep(0.1)
     return found
-
-
-def _armed(socket: Path) -> Iterator[str]:
-    for process in psutil.process_iter():
-        try:
-            if str(socket) in process.environ().get("OUTLAST_DRILL", ""):
-                yield f"pid {process.pid}: {' '.join(process.cmdline())[:80]}"
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
-
-
-def clear(out: Path) -> None:
-    """Make room: what an earlier drill left in `out` is removed, and nothing else."""
-    for name in ("disturbed", "twin", "nodes"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("verdict.json", "report.html"):
-        (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def events_of(directory: Path) -> list[dict[str, Any]]:
@@ -275,8 +258,8 @@ def judge(
     (logs / FAULTS_FILE).write_text(json.dumps(noted), encoding="utf-8")
     run, events = load_run(logs, faults), events_of(logs)
     twin_events = None if twin is None else events_of(twin)
-    metrics = list(read_lines(logs / METRICS_FILE))
-    violations = promises(run, events, metrics, twin_events, orphans)
+    violations = promises(run, events, list(read_lines(logs / METRICS_FILE)), twin_events)
+    violations["nothing left behind"] = list(orphans)
     if failure:
         violations["the drill came to its end"] = [failure]
     entries = [told(struck, run) for struck in drill.struck]
@@ -290,20 +273,6 @@ def judge(
     return result, run
 
 
-def conclude(
-    config: DrillConfig, drill: Drill, ended: tuple[str, Sequence[str]], console: Console,
-    as_json: Path | None,
-) -> int:  # fmt: skip
-    """Judge, print, write; the exit code."""
-    failure, orphans = ended
-    twin = config.out / "twin" if config.twin and not failure else None
-    result, run = judge(drill, failure, orphans, twin)
-    for path in filter(None, (config.out / "verdict.json", as_json)):
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    _print(result, config, console, (run, load_run(twin) if twin else None))
-    return exit_code(result)
-
-
 def exit_code(result: dict[str, Any]) -> int:
     """0 passed, 1 a promise was broken or a fault without effect, 3 something was not run."""
     not_run = [e for e in result["events"] if e["why"].startswith("not run")]
@@ -313,16 +282,13 @@ def exit_code(result: dict[str, Any]) -> int:
     return EXIT_NOT_RUN if not_run else EXIT_PASSED
 
 
-def _print(
-    result: dict[str, Any], config: DrillConfig, console: Console,
-    runs: tuple[RunRecord, RunRecord | None],
-) -> None:  # fmt: skip
+def show(result: dict[str, Any], console: Console) -> None:
+    """The verdict for people."""
     console.print(table(result["events"], console.width))
-    for entry in result["events"]:
-        if entry["why"]:
-            console.print(f"{entry['order']}: {entry['why']}", style="yellow", highlight=False)
-    for loss in result["unplanned"]:
-        console.print(f"not planned, at {loss}", style="yellow", highlight=False)
+    lines = [f"{entry['order']}: {entry['why']}" for entry in result["events"] if entry["why"]]
+    lines += [f"not planned, at {loss}" for loss in result["unplanned"]]
+    for line in lines:
+        console.print(line, style="yellow", highlight=False)
     for name, wrong in result["violations"].items():
         word = f"[red]NO[/red]: {spelt(wrong)}" if wrong else "[green]yes[/green]"
         console.print(f"{name + '?':35} {word}", highlight=False, soft_wrap=True)
@@ -332,8 +298,3 @@ def _print(
     if bits is not None:
         style = "bold red" if bits else "bold green"
         console.print("NOT identical" if bits else "identical, bit for bit", style=style)
-    try:
-        write_report(config.out / "report.html", *runs)
-        console.print(f"report: {config.out / 'report.html'}", highlight=False, soft_wrap=True)
-    except Misuse as error:
-        console.print(str(error), style="yellow")

@@ -1,7 +1,7 @@
 """A job under drill: its nodes, its logs, its failpoints, and whether it is at full strength."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from outlast.launch.watch import Watch
 
 START_LIMIT_S, RETURN_LIMIT_S, STEP_LIMIT_S, END_LIMIT_S = 300.0, 180.0, 600.0, 1800.0
 STABLE_COMMITS = 2  # of one generation: then the redundancy of the new layout is complete
-TAIL_LINES = 20
+TAIL_LINES, POLL_S = 20, 0.005
 # What a step takes at least while somebody is on the way back: a short script outlasts its faults.
 PATIENCE_S = 1.0
 Member = dict[str, Any]
@@ -44,6 +44,12 @@ class Shape:
     launch: tuple[str, ...] = ()
     script: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> list[str]:
+        """Of the nodes; members are ordered by name."""
+        width = len(str(self.nodes + self.spares - 1))
+        return [f"node{index:0{width}}" for index in range(self.nodes + self.spares)]
+
 
 class DrilledJob:
     """One `outlast launch` per node. As a context it starts them, and ends them whatever happens.
@@ -57,8 +63,7 @@ class DrilledJob:
         self, out: Path, shape: Shape, traps: Traps, network: Namespaces | None = None
     ) -> None:
         self.out, self.shape, self.traps, self.network = out, shape, traps, network
-        width = len(str(shape.nodes + shape.spares - 1))
-        self.names = [f"node{index:0{width}}" for index in range(shape.nodes + shape.spares)]
+        self.names = shape.names
         self._job, self._port = f"drill-{secrets.token_hex(4)}", free_port()
         self.nodes = Nodes(
             self.names, self._command, out.parent / "nodes", secrets.token_hex(32),
@@ -66,6 +71,7 @@ class DrilledJob:
         )  # fmt: skip
         self.watch = Watch(out, self._alive)
         self.excused: set[str] = set()  # nodes that are meant to end with an error
+        self.pace_s, self.patient = 0.0, True
         self.over_is_news = True  # whether the end of the training comes too early
 
     def _command(self, node: str) -> list[str]:
@@ -92,6 +98,9 @@ class DrilledJob:
         self.nodes.__exit__(*trouble)
 
     def _alive(self) -> None:
+        # What has recovered can wait; what has not is being measured.
+        waiting = self.patient and self.stable() and not self.full()
+        self.traps.pace_s = max(self.pace_s, PATIENCE_S) if waiting else self.pace_s
         codes = self.nodes.exit_codes()
         for node, code in codes.items():
             if code and node not in self.excused:
@@ -112,6 +121,11 @@ class DrilledJob:
         return f"the end of {log}:\n" + "\n".join(lines)
 
     @property
+    def generation(self) -> int:
+        """Of the newest view."""
+        return int(self.watch.view["generation"]) if self.watch.view else 0
+
+    @property
     def members(self) -> list[Member]:
         """Members of the newest view, the proposer first."""
         return list(self.watch.view["members"]) if self.watch.view else []
@@ -128,51 +142,40 @@ class DrilledJob:
 
     def stable(self) -> bool:
         """Whether the newest view has committed enough to stand the next loss."""
-        view = self.watch.view
-        commits = self.watch.commits.get(view["generation"], set()) if view else set()
-        return len(commits) >= STABLE_COMMITS
+        return len(self.watch.commits.get(self.generation, ())) >= STABLE_COMMITS
+
+    def full(self) -> bool:
+        """Whether all workers and spares are in the newest view."""
+        ranks = self.shape.nodes * self.shape.workers
+        return len(self.holders) == ranks and len(self.members) == len(self.names)
 
     def await_strength(self, step: int = 0) -> None:
-        """Until all workers and spares are there, stand on their own redundancy, and `step` is
-        committed.
+        """Until all are there and stand on their own redundancy, and `step` is committed.
 
         Raises:
             TimeoutError, DrillFailed: they never will.
         """
-        ranks = self.shape.nodes * self.shape.workers
-        pace_s = self.traps.pace_s
 
-        def strong() -> bool | None:
-            there = len(self.holders) == ranks and len(self.members) == len(self.names)
-            stable = self.stable()
-            waiting = stable and not there  # what has recovered can wait, what has not is measured
-            self.traps.pace_s = max(pace_s, PATIENCE_S) if waiting else pace_s
+        def strong() -> bool:
             over = self.ended() and not self.over_is_news
-            return True if over or (there and stable and self.watch.step >= step) else None
+            return over or (self.full() and self.stable() and self.watch.step >= step)
 
         limit_s = STEP_LIMIT_S + RETURN_LIMIT_S if self.watch.step else START_LIMIT_S
-        try:
-            self.watch.until(strong, f"all {ranks} workers at step {step}", limit_s)
-        finally:
-            self.traps.pace_s = pace_s
+        self.await_that(strong, f"all workers at step {step}", limit_s)
 
-    def await_view(self, without: str | int, limit_s: float = RETURN_LIMIT_S) -> None:
+    def await_that(self, condition: Callable[[], bool], what: str, limit_s: float) -> None:
+        """Until it holds; raises TimeoutError, or what `_alive` raises."""
+        self.watch.until(lambda: True if condition() else None, what, limit_s, POLL_S)
+
+    def await_view(self, without: str | int) -> None:
         """Until an agent (its id) or a worker (its holder) is in the view no more."""
 
-        def gone() -> bool | None:
-            agents = {member["agent"] for member in self.members}
-            return None if without in agents | self.holders.keys() else True
+        def gone() -> bool:
+            return without not in {m["agent"] for m in self.members} | self.holders.keys()
 
-        self.watch.until(gone, f"a view without {without}", limit_s, 0.005)
+        self.await_that(gone, f"a view without {without}", RETURN_LIMIT_S)
 
     def await_end(self) -> None:
         """Until every node has ended well."""
         self.over_is_news = False
-        what = "the end of the training"
-        self.watch.until(lambda: True if self.ended() else None, what, END_LIMIT_S)
-        self.watch.look()
-
-    def run_to_end(self, names: Sequence[str] = ()) -> None:
-        """The whole life of a job that nobody disturbs."""
-        with self:
-            self.await_end()
+        self.await_that(self.ended, "the end of the training", END_LIMIT_S)

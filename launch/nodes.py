@@ -57,14 +57,13 @@ class Nodes:
             )  # fmt: skip
 
     def workers(self, node: str) -> list[int]:
-        """Process ids of the workers of a node, by local rank; a dying one is left out."""
-        found: dict[int, int] = {}
-        agent = self.agents.get(node)
+        """Process ids of the workers of a node, the longest running first; no dying ones."""
+        agent, found = self.agents.get(node), []
         for child in _tree(agent.pid, recursive=False)[1:] if agent else ():
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, KeyError):
+            with contextlib.suppress(psutil.NoSuchProcess):
                 if child.status() != psutil.STATUS_ZOMBIE:
-                    found[int(child.environ()["LOCAL_RANK"])] = child.pid
-        return [found[rank] for rank in sorted(found)]
+                    found.append((child.create_time(), child.pid))
+        return [pid for _, pid in sorted(found)]
 
     def signal_node(self, node: str, number: int) -> None:
         """A signal to the agent and everything below it."""

@@ -10,62 +10,41 @@ import random
 import signal
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from outlast.checkpoint.memory import parity_region
 from outlast.launch.drilled_job import RETURN_LIMIT_S, DrilledJob, Member
 from outlast.launch.fault import Order, Salvo
 from outlast.launch.timeline import Fault
 from outlast.launch.trap import Facts, Trap
 from outlast.launch.watch import Event
 
-EFFECT_LIMIT_S = 90.0  # for the sign of a fault that takes nobody away
+EFFECT_LIMIT_S = 90.0  # for a process to come to a point, and for the sign of what takes nobody
 SLICE_S = 0.06  # a slowed worker is stopped for a part of each slice
 SIGNS = {"slow": "slow_rank", "corrupt-snapshot": "corrupt", "poison": "poisoned"}
+DEEDS = {
+    "kill-worker": "worker of {} killed", "kill-node": "{} killed, whole node",
+    "kill-proposer": "{} killed, proposer of the views", "hang": "worker of {} hangs",
+    "partition": "{} cut off", "slow": "worker of {} slowed",
+    "corrupt-snapshot": "worker of {} killed, parity corrupted", "poison": "worker of {} poisoned",
+}  # fmt: skip
 
 
 @dataclass(slots=True)
 class Struck:
-    """One order and what came of it; `fault` is None where it was not run, and `why` says why."""
+    """One order and what came of it; `fault` is None where it was not run, and `why` says why.
+
+    member, pid, trap: the victim, and where it was held.
+    """
 
     order: Order
     fault: Fault | None = None
     sign: Event | None = None
     why: str = ""
-
-
-@dataclass(slots=True)
-class Aim:
-    """The victim of an order: a member, a worker of it, and the process held at a failpoint."""
-
-    struck: Struck
     member: Member = field(default_factory=dict)
-    trap: Trap | None = None
     pid: int = 0
-    slowing: "Slowing | None" = None
-
-
-class Slowing(threading.Thread):
-    """Lets a process run for 1 / factor of the time."""
-
-    def __init__(self, pid: int, factor: float) -> None:
-        super().__init__(name="slowing", daemon=True)
-        self._pid, self._share, self._over = pid, 1 / factor, threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        try:
-            while not self._over.wait(SLICE_S * self._share):
-                os.kill(self._pid, signal.SIGSTOP)
-                self._over.wait(SLICE_S * (1 - self._share))
-                os.kill(self._pid, signal.SIGCONT)
-        except ProcessLookupError:
-            return
-
-    def end(self) -> None:
-        """Full speed again."""
-        self._over.set()
-        self.join()
+    trap: Trap | None = None
 
 
 class Striker:
@@ -82,57 +61,51 @@ class Striker:
 
     def strike(self, salvo: Salvo) -> list[Struck]:
         """All orders of a salvo, their effect, and the repairs that are not the job's own."""
-        aims: list[Aim] = []
         hit: set[str] = set()
-        for order in salvo:
-            aims.append(self._aim(order, hit))
+        over = threading.Event()
+        found = [self._aim(order, hit) for order in salvo]
         try:
-            for aim in aims:
-                if not aim.struck.why:
-                    self._hit(aim, hit)
-            for aim in aims:
-                if aim.struck.fault is not None:
-                    self._await_effect(aim)
+            for struck in found:
+                if not struck.why:
+                    self._hit(struck, hit, over)
+            for struck in found:
+                if struck.fault is not None:
+                    self._await_effect(struck)
         finally:
-            for aim in aims:
-                if aim.trap is not None:
-                    self.job.traps.drop(aim.trap)
-                if aim.slowing is not None:
-                    aim.slowing.end()
-        return [aim.struck for aim in aims]
+            over.set()
+            for struck in found:
+                if struck.trap is not None:
+                    self.job.traps.drop(struck.trap)
+        return found
 
-    # ---- who
-
-    def _aim(self, order: Order, hit: set[str]) -> Aim:
+    def _aim(self, order: Order, hit: set[str]) -> Struck:
         """Choose the victim, or set the trap that does."""
-        aim, job = Aim(Struck(order)), self.job
-        if order.kind == "partition" and job.network is None:
-            aim.struck.why = "not run: a partition needs --namespaces"
-            return aim
+        struck, job = Struck(order), self.job
         there = [m for m in job.working if m["node"] not in hit]
         candidates = [m for m in there if order.node in ("", m["node"])]
-        if not candidates or len(job.working) < 2:
-            aim.struck.why = f"not run: {order.node or 'nobody left to strike'} is not in the job"
-            return aim
+        if order.kind == "partition" and job.network is None:
+            struck.why = "not run: a partition needs --namespaces"
+        elif not candidates or len(job.working) < 2:
+            struck.why = f"not run: {order.node or 'nobody to strike'} is not in the job"
+        if struck.why:
+            return struck
         if not order.within:
-            aim.member = self._choose(order, candidates)
-            hit.add(aim.member["node"])
-        point = order.phase or ("reduce" if order.how == "block" else "")
-        if order.kind == "poison":
-            answer, sick = {"poison": order.how}, int(aim.member["workers"][0])
-            aim.trap = Trap("leaf", lambda facts: facts["holder"] == sick, answer, lasting=True)
-        elif point:
+            struck.member = self._choose(order, candidates)
+            hit.add(struck.member["node"])
 
-            def fits(facts: Facts) -> bool:
-                if order.within:
-                    anywhere = order.phase == "detect" or facts["node"] not in hit
-                    return anywhere and order.node in ("", facts["node"])
-                return bool(facts["node"] == aim.member["node"])
+        def fits(facts: Facts) -> bool:
+            if order.kind == "poison":
+                return bool(facts["holder"] == struck.member["workers"][0])
+            if order.within:
+                free = order.phase == "detect" or facts["node"] not in hit
+                return free and order.node in ("", facts["node"])
+            return bool(facts["node"] == struck.member["node"])
 
-            aim.trap = Trap(point, fits)
-        if aim.trap is not None:
-            job.traps.set(aim.trap)
-        return aim
+        poison = order.kind == "poison"
+        if point := "leaf" if poison else order.phase or ("reduce" if order.how == "block" else ""):
+            struck.trap = Trap(point, fits, {"poison": order.how} if poison else {}, lasting=poison)
+            job.traps.set(struck.trap)
+        return struck
 
     def _choose(self, order: Order, candidates: list[Member]) -> Member:
         proposer = self.job.members[0]
@@ -142,99 +115,89 @@ class Striker:
             return self.generator.choice(candidates)
         return candidates[-1] if order.takes_node else candidates[1 % len(candidates)]
 
-    # ---- how
-
-    def _hit(self, aim: Aim, hit: set[str]) -> None:
-        order, job, trap = aim.struck.order, self.job, aim.trap
+    def _hit(self, struck: Struck, hit: set[str], over: threading.Event) -> None:
+        order, job, trap = struck.order, self.job, struck.trap
         if trap is not None:
             try:
-                job.watch.until(
-                    lambda: True if trap.sprung.is_set() else None, f"{trap.point} of a victim",
-                    EFFECT_LIMIT_S, 0.002,
-                )  # fmt: skip
-            except TimeoutError:
-                aim.struck.why = f"nobody came to {trap.point} within {EFFECT_LIMIT_S:.0f} s"
+                job.await_that(trap.sprung.is_set, f"{trap.point} of a victim", EFFECT_LIMIT_S)
+            except TimeoutError as error:
+                struck.why = str(error)
                 return
             if order.within:
                 node = trap.facts["node"]
-                aim.member = next((m for m in job.members if m["node"] == node), {})
+                struck.member = next((m for m in job.members if m["node"] == node), {})
                 hit.add(node)
-        workers = job.nodes.workers(aim.member["node"])
-        aim.pid = trap.facts["pid"] if trap is not None else 0
-        if aim.pid not in workers:
-            aim.pid = workers[0] if workers else 0
-        if not aim.pid:
-            aim.struck.why = f"not run: {aim.member['node']} has no worker"
+        node = struck.member.get("node", "")
+        workers = job.nodes.workers(node)
+        held = trap.facts["pid"] if trap is not None else 0
+        struck.pid = held if held in workers else next(iter(workers), 0)
+        if not struck.pid:
+            struck.why = f"not run: {node} has no worker"
             return
-        at, holders = self._do(aim), ()
+        at, holders, agents = time.time(), (), ()
+        self._do(struck, over)
         if order.takes_node:
-            holders = tuple(int(holder) for holder in aim.member["workers"])
+            holders = tuple(int(holder) for holder in struck.member["workers"])
+            agents = (struck.member["agent"],)
         elif trap is not None and "holder" in trap.facts:
             holders = (int(trap.facts["holder"]),)
-        agents = (aim.member["agent"],) if order.takes_node else ()
-        aim.struck.fault = Fault(
-            at, order.kind, label(order, aim.member["node"]), aim.member["node"], agents, holders
-        )
+        deed = DEEDS[order.kind].format(node) + (f", at {order.phase}" if order.phase else "")
+        deed += f" ({order.how})" if order.how else ""
+        struck.fault = Fault(at, order.kind, deed, node, agents, holders)
 
-    def _do(self, aim: Aim) -> float:
-        """The deed; returns time.time() of it."""
-        order, nodes, node = aim.struck.order, self.job.nodes, aim.member["node"]
-        at = time.time()
+    def _do(self, struck: Struck, over: threading.Event) -> None:
+        """The deed itself."""
+        order, nodes, node = struck.order, self.job.nodes, struck.member["node"]
         if order.kind == "kill-worker":
-            os.kill(aim.pid, signal.SIGKILL)
+            os.kill(struck.pid, signal.SIGKILL)
         elif order.kind in ("kill-node", "kill-proposer"):
             nodes.kill_node(node)
         elif order.kind == "hang" and order.how == "stop":
-            os.kill(aim.pid, signal.SIGSTOP)
+            os.kill(struck.pid, signal.SIGSTOP)
         elif order.kind == "hang" and order.how == "node":
             nodes.signal_node(node, signal.SIGSTOP)
         elif order.kind == "partition" and self.job.network is not None:
             self.job.excused.add(node)
             self.job.network.cut([node])
         elif order.kind == "slow":
-            aim.slowing = Slowing(aim.pid, order.factor)
+            slow = (struck.pid, 1 / order.factor, over)
+            threading.Thread(target=_slow_down, args=slow, daemon=True).start()
         elif order.kind == "corrupt-snapshot":
-            self._corrupt(aim)
-        if aim.trap is not None and order.how != "block" and not aim.trap.lasting:
-            aim.trap.release()
-        return at
+            self._corrupt(struck)
+        if struck.trap is not None and order.how != "block" and not struck.trap.lasting:
+            struck.trap.release()
 
-    def _corrupt(self, aim: Aim) -> None:
+    def _corrupt(self, struck: Struck) -> None:
         """Flip bits in the parity that another node keeps, and kill the worker, so that a recovery
-        must do without it; stopped meanwhile, its keeper cannot replace it by a newer one."""
-        others = [m for m in self.job.working if m["node"] != aim.member["node"]]
-        keeper = others[-1]
-        pid = self.job.nodes.workers(keeper["node"])[0]
-        os.kill(pid, signal.SIGSTOP)
+        must do without it; stopped meanwhile, its keepers cannot replace it by a newer one."""
+        job = self.job
+        keeper = [m for m in job.working if m["node"] != struck.member["node"]][-1]["node"]
+        stopped = job.nodes.workers(keeper)
+        generation = job.generation
         try:
-            agent = self.job.nodes.agents[keeper["node"]].pid
-            flip_parity(agent, int(keeper["workers"][0]))
-            os.kill(aim.pid, signal.SIGKILL)
-            generation = self.job.watch.view["generation"] if self.job.watch.view else 0
-            self.job.watch.until(
-                lambda: True if (self.job.watch.view or {})["generation"] > generation else None,
-                "the view without the worker", RETURN_LIMIT_S, 0.002,
-            )  # fmt: skip
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+            flip_parity(job.nodes.agents[keeper].pid)
+            os.kill(struck.pid, signal.SIGKILL)
+            job.await_that(lambda: job.generation > generation, "the next view", RETURN_LIMIT_S)
         finally:
-            os.kill(pid, signal.SIGCONT)
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
 
-    # ---- what came of it
-
-    def _await_effect(self, aim: Aim) -> None:
+    def _await_effect(self, struck: Struck) -> None:
         """The sign in the logs, then the repair."""
-        struck, job, node = aim.struck, self.job, aim.member["node"]
-        order, fault = struck.order, struck.fault
+        job, order, fault, node = self.job, struck.order, struck.fault, struck.member["node"]
         assert fault is not None
         try:
             if order.takes_node:
-                job.await_view(aim.member["agent"])
+                job.await_view(struck.member["agent"])
                 struck.sign = job.watch.view
                 self._bring_back(order, node)
                 return
             name = SIGNS.get(order.kind, "worker_lost")
-            who = {"pid": aim.pid} if name == "worker_lost" else {}
-            who |= {"node": node} if order.kind in ("slow", "poison") else {}
-            limit_s = EFFECT_LIMIT_S if name in SIGNS.values() else RETURN_LIMIT_S
+            who = {"pid": struck.pid} if name == "worker_lost" else {}
+            who |= {"peer_node": node} if order.kind in ("slow", "poison") else {}
+            limit_s = EFFECT_LIMIT_S if order.kind in SIGNS else RETURN_LIMIT_S
             struck.sign = job.watch.until(
                 lambda: job.watch.event(name, fault.time - 1, **who), f"'{name}' of {node}",
                 limit_s, 0.005,
@@ -242,13 +205,11 @@ class Striker:
         except TimeoutError as error:
             struck.why = str(error)
             return
-        holders = fault.holders
-        lost = job.watch.event("worker_lost", fault.time - 1, pid=aim.pid)
-        if lost is not None and order.kind != "poison":
-            holders = (int(lost["holder"]),)
-        struck.fault = Fault(fault.time, fault.kind, fault.label, node, fault.agents, holders)
+        lost = job.watch.event("worker_lost", fault.time - 1, pid=struck.pid)
         if order.kind == "poison":
-            self._replace(aim)
+            self._replace(struck, struck.sign)
+        elif lost is not None:
+            struck.fault = replace(fault, holders=(int(lost["holder"]),))
 
     def _bring_back(self, order: Order, node: str) -> None:
         job = self.job
@@ -256,50 +217,42 @@ class Striker:
             job.nodes.signal_node(node, signal.SIGCONT)
             return
         if order.kind == "partition" and job.network is not None:
+            ended = f"the end of {node}, which is cut off"
+            job.await_that(lambda: job.nodes.exit_codes()[node] is not None, ended, RETURN_LIMIT_S)
             job.network.heal([node])
-            job.watch.until(
-                lambda: True if job.nodes.exit_codes()[node] is not None else None,
-                f"the end of {node}, which is cut off", RETURN_LIMIT_S,
-            )  # fmt: skip
             job.excused.discard(node)
         job.nodes.start(node)
 
-    def _replace(self, aim: Aim) -> None:
+    def _replace(self, struck: Struck, sign: Event) -> None:
         """A node whose worker was evicted for good is replaced, as its operator would."""
-        job, trap = self.job, aim.trap
-        assert trap is not None
-        job.traps.drop(trap)
-        sign = aim.struck.sign or {}
-        if sign.get("action") != "evict":
+        job, node, agent = self.job, struck.member["node"], struck.member["agent"]
+        if struck.trap is not None:
+            job.traps.drop(struck.trap)
+        if sign.get("action") != "evicted":
             return
-        job.await_view(int(trap.facts["holder"]))
-        job.watch.until(lambda: True if job.stable() else None, "two commits", RETURN_LIMIT_S)
-        node, agent = aim.member["node"], aim.member["agent"]
+        job.await_view(int(struck.member["workers"][0]))
+        job.await_that(job.stable, "two commits", RETURN_LIMIT_S)
         at = job.nodes.kill_node(node)
         self.repairs.append(Fault(at, "repair", f"{node} replaced", node, (agent,)))
         job.await_view(agent)
         job.nodes.start(node)
 
 
-def label(order: Order, node: str) -> str:
-    """What was done, in words."""
-    deed = {
-        "kill-worker": f"worker of {node} killed", "kill-node": f"{node} killed, whole node",
-        "kill-proposer": f"{node} killed, proposer of the views",
-        "hang": f"{node} frozen" if order.how == "node" else f"worker of {node} hangs",
-        "partition": f"{node} cut off", "slow": f"worker of {node} {order.factor:g} x slower",
-        "corrupt-snapshot": f"worker of {node} killed, a parity corrupted",
-        "poison": f"worker of {node} poisoned ({order.how})",
-    }[order.kind]  # fmt: skip
-    return f"{deed}, at {order.phase}" if order.phase else deed
+def _slow_down(pid: int, share: float, over: threading.Event) -> None:
+    """Let a process run for a share of the time, until `over`."""
+    try:
+        while not over.wait(SLICE_S * share):
+            os.kill(pid, signal.SIGSTOP)
+            over.wait(SLICE_S * (1 - share))
+            os.kill(pid, signal.SIGCONT)
+    except ProcessLookupError:
+        return
 
 
-def flip_parity(agent: int, holder: int) -> None:
-    """Flip one bit in every stretch of parity of a worker, in the memory that its agent holds."""
-    from outlast.checkpoint.memory import parity_region
-
+def flip_parity(agent: int) -> None:
+    """Flip one bit in every stretch of parity that the workers of an agent keep."""
     for descriptor in Path(f"/proc/{agent}/fd").iterdir():
-        if f"outlast-{holder}" not in os.readlink(descriptor):
+        if "memfd:outlast-" not in (name := os.readlink(descriptor)) or "latch" in name:
             continue
         with descriptor.open("r+b") as file:
             size = os.fstat(file.fileno()).st_size
@@ -309,7 +262,6 @@ def flip_parity(agent: int, holder: int) -> None:
                     try:
                         begin = os.lseek(file.fileno(), begin, os.SEEK_DATA)
                     except OSError:  # nothing but holes from here on
-                        return
+                        break
                     memory[begin + 100] ^= 1
                     begin += 1 << 16
-        return

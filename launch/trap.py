@@ -44,7 +44,7 @@ class Traps:
 
     def __init__(self, path: Path, points: frozenset[str]) -> None:
         self.path, self.points = path, points
-        self.pace_s = 0.0  # what a step takes at least
+        self.pace_s = 0.0  # what a step takes at least, while the job is watched
         self._set: list[Trap] = []
         self._lock = threading.Lock()
         self._passed: dict[int, float] = {}  # process -> when it last went on from `reduce`
