@@ -25,6 +25,7 @@ class WorkerDesk:
     def __init__(self, agent: "Agent") -> None:
         self._agent = agent
         self.relay = StoreRelay()
+        self._restored: object = None  # step at which the workers last began a generation
         self._answers = {
             "attach": self._attach, "ready": self._ready, "allocate": self._allocate,
             "memories": self._memories, "release": self._release, "store": self._store,
@@ -107,7 +108,7 @@ class WorkerDesk:
     def _log(self, worker: WorkerProcess, message: Message) -> None:
         agent = self._agent
         agent.metrics.record(field(message, "step", int), field(message, "metrics", dict))
-        if agent.progress.hosts_rank_0:
+        if agent.progress.hosts_rank_0 or message["step"] == self._restored:
             agent.metrics.write()
 
     def _event(self, worker: WorkerProcess, message: Message) -> None:
@@ -116,6 +117,9 @@ class WorkerDesk:
         self._agent.events.write(name, {"holder": worker.holder, **rest})
         if name == "recovered":
             self._agent.progress.recovered(message)
+            # Rank 0 may be new and have missed a step: whoever has made it writes it.
+            self._restored = message.get("step")
+            self._agent.metrics.write()
         else:
             self._agent.progress.told(name, message)
 
