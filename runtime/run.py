@@ -129,6 +129,8 @@ class Run:
                 group: most members of a parity group.
                 average: "squared" or "plain": a block that nothing else gives back is made from
                     its neighbours, weighted by their gradient norms; see docs/recovery.md.
+                spot_check: every how many steps one leaf is computed by two ranks and compared, to
+                    find wrong gradients of ordinary size; see docs/sick_ranks.md.
         Raises:
             Misuse: the model, the optimizer or a setting cannot work; says what to do.
             StateLost: this rank joined a job whose state no rung can rebuild.
