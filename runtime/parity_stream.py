@@ -54,7 +54,7 @@ class Unit:
     offset: int
 
 
-class _Swap:
+class Swap:
     """An all-to-all of vectors: those for one rank arrive there in the order in which they left.
 
     Args:
@@ -72,7 +72,7 @@ class _Swap:
         self.sent = _views(leaving, self._sizes[0], input)
         self._received = _views(arriving, self._sizes[1], output)
 
-    def post(self) -> "_Swap":
+    def post(self) -> "Swap":
         """Start it."""
         sent, received = self._sizes
         self._pending = self._side.exchange(self._output, self._input, received, sent)
@@ -135,12 +135,17 @@ class ParityStream:
         """Bytes of all buffers."""
         return sum(buffer.numel() for buffer in self._buffers.values())
 
-    def run(self, side: Communicator, stream: Stream, home: Tensor) -> list[int]:
+    def post(self, side: Communicator, stream: Stream) -> Swap:
+        """The data of round 0 on their way: what `run` begins with."""
+        return self._data(side, stream, 0)
+
+    def run(self, side: Communicator, stream: Stream, home: Tensor, data: Swap) -> list[int]:
         """Exchange and encode one step; every rank of the generation calls this.
 
         Args:
             side: a group that nothing else uses meanwhile.
             home: uint8 [bytes] of host memory; receives `units`.
+            data: what `post` returned.
         Returns:
             xxh3-64 of each unit.
         Raises:
@@ -155,8 +160,7 @@ class ParityStream:
                     part.copy_(row)
                 sums[unit.offset].update(part.numpy().data)
 
-        rows: _Swap | None = None
-        data = self._data(side, stream, 0)
+        rows: Swap | None = None
         for index in range(self.rounds):
             units = data.wait()
             if index + 1 < self.rounds:
@@ -171,7 +175,7 @@ class ParityStream:
             keep(self._taken, self.rounds - 1, rows.wait())
         return [digest.intdigest() for digest in sums.values()]
 
-    def _data(self, side: Communicator, stream: Stream, index: int) -> _Swap:
+    def _data(self, side: Communicator, stream: Stream, index: int) -> Swap:
         """Send this rank's data of a round; the encoder receives them stripe by stripe."""
         size = self._left
         leaving = [(self._ranks[to], _aligned(size(_bytes(p), index))) for to, p in self._given]
@@ -182,16 +186,15 @@ class ParityStream:
         ]
         input = self._buffer("data leaving", leaving, side.device)
         output = self._buffer(f"data arriving {index % 2}", arriving, side.device)
-        swap = _Swap(side, leaving, arriving, input, output)
+        swap = Swap(side, leaving, arriving, input, output)
         for (_, piece), vector in zip(self._given, swap.sent, strict=True):
-            start, at = piece.start + index * self._chunk, 0
-            for part in stream.cut(start, start + size(_bytes(piece), index)):
-                vector[at : at + part.numel()].copy_(part)
-                at += part.numel()
-            vector[at:].zero_()
+            start, count = piece.start + index * self._chunk, size(_bytes(piece), index)
+            if count:
+                torch.cat(list(stream.cut(start, start + count)), out=vector[:count])
+            vector[count:].zero_()
         return swap.post()
 
-    def _rows(self, side: Communicator, index: int) -> _Swap:
+    def _rows(self, side: Communicator, index: int) -> Swap:
         """Rows 1 to m - 1 of a round, from encoders to holders; not posted yet."""
         leaving = [
             (self._ranks[holder], self._left(unit.stripe.length, index))
@@ -204,7 +207,7 @@ class ParityStream:
         ]
         input = self._buffer("rows leaving", leaving, side.device)
         output = self._buffer("rows arriving", arriving, side.device)
-        return _Swap(side, leaving, arriving, input, output)
+        return Swap(side, leaving, arriving, input, output)
 
     def _encode(
         self, home: Tensor, index: int, units: Sequence[Tensor], shipped: Sequence[Tensor]

@@ -9,6 +9,7 @@ to.
 
 import threading
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 
@@ -19,7 +20,7 @@ from outlast.cluster.failpoint import reach
 from outlast.layout.layout import Layout
 from outlast.layout.stripe import Stripe
 from outlast.runtime.link import Generation
-from outlast.runtime.parity_stream import ParityStream, Stream
+from outlast.runtime.parity_stream import ParityStream, Stream, Swap
 from outlast.runtime.shard_state import ShardState
 
 
@@ -34,7 +35,9 @@ class Redundancy:
         self, state: ShardState, generation: Generation, layout: Layout, protection: Protection
     ) -> None:
         self._state, self._generation = state, generation
-        self._layout, self._protection = layout, protection
+        names = {str(holder): domain for holder, domain in generation.domains.items()}
+        number = generation.view.generation
+        self._record = ParityRecord(-1, number, layout.as_json(), names, protection, ())
         stripes: tuple[Stripe, ...] = ()
         if layout.is_partition(state.space.numel):
             shape, domains = state.memory.shape, generation.domains
@@ -49,13 +52,25 @@ class Redundancy:
         state.memory.parity.reserve(self._rounds.bytes)
 
     def start(self) -> None:
-        """Begin the parity of the newest step; every rank does."""
+        """Begin the parity of the newest step; every rank does.
+
+        Raises:
+            GenerationChanged, PeerLost: it never will be whole.
+        """
         if not self._rounds.rounds:
             return
         self._due = self._state.step, self._generation.view.generation
-        # As early as can be: a loss before the parity is whole goes back one step.
+        stream = Stream(part for role in self._state.roles for part in self._state.live(role.name))
+        # As early as can be: a loss before the parity is whole goes back one step. A thread that
+        # has just started would wait for a busy processor before it posts anything.
+        side, first = self._generation.side, None
+        if side.done():
+            first = self._rounds.post(side.result(), stream)
         self._worker = threading.Thread(
-            target=self._run, args=(self._state.beside(),), name="outlast-parity", daemon=True
+            target=self._run,
+            args=(self._state.beside(), stream, first),
+            name="outlast-parity",
+            daemon=True,
         )
         self._worker.start()
 
@@ -76,35 +91,33 @@ class Redundancy:
             self._worker.join()
             self._worker = None
 
-    def _run(self, beside: AbstractContextManager[object]) -> None:
+    def _run(
+        self, beside: AbstractContextManager[object], stream: Stream, first: Swap | None
+    ) -> None:
         try:
             with beside:
-                self._protect()
+                self._protect(stream, first)
         except (GenerationChanged, PeerLost) as cause:
             self._failure = cause
 
-    def _protect(self) -> None:
+    def _protect(self, stream: Stream, first: Swap | None) -> None:
         """Commit the parity of the newest step; afterwards older parity is superseded."""
-        self._state.seal()
         side = self._generation.side.result()
-        memory, rounds = self._state.memory.parity, self._rounds
+        if first is None:
+            first = self._rounds.post(side, stream)
+        self._state.seal()
+        memory = self._state.memory.parity
         half = memory.spare(self.keep)
         memory.begin(half)
-        step, generation = self._due
-        reach("encode", step=step - 1)
-        live = (part for role in self._state.roles for part in self._state.live(role.name))
-        home = torch.from_numpy(memory.array(half, rounds.bytes))
-        sums = rounds.run(side, Stream(live), home)
+        reach("encode", step=self._due[0] - 1)
+        home = torch.from_numpy(memory.array(half, self._rounds.bytes))
+        sums = self._rounds.run(side, stream, home, first)
         if side.interrupted:
             # Aborted NCCL kernels "complete": what they brought is known to be whole only now.
             raise GenerationChanged("interrupted in an exchange of parity")
         units = tuple(
             ParityUnit(unit.stripe.index, unit.row, unit.offset, unit.stripe.length, sum_)
-            for unit, sum_ in zip(rounds.units, sums, strict=True)
+            for unit, sum_ in zip(self._rounds.units, sums, strict=True)
         )
-        domains = {str(holder): domain for holder, domain in self._generation.domains.items()}
         self.keep = self._due
-        layout = self._layout.as_json()
-        memory.commit(
-            half, ParityRecord(step, generation, layout, domains, self._protection, units)
-        )
+        memory.commit(half, replace(self._record, step=self._due[0], units=units))

@@ -20,6 +20,7 @@ from outlast.cluster.view import Member, View, Worker
 from outlast.layout.layout import deal
 from outlast.layout.space import Space, Tensor
 from outlast.layout.stripe import Piece, Stripe, stripes
+from outlast.runtime import parity_stream
 from outlast.runtime.collectives import Communicator
 from outlast.runtime.link import Generation
 from outlast.runtime.parity_stream import ParityStream, Stream
@@ -66,7 +67,8 @@ def check(
         rounds = ParityStream(made, ranks, side.rank, chunk)
         home = torch.full((rounds.bytes,), 255, dtype=torch.uint8)
         for _ in range(2):  # buffers are used again
-            sums = rounds.run(side, cut(data[side.rank].to(device)), home)
+            stream = cut(data[side.rank].to(device))
+            sums = rounds.run(side, stream, home, rounds.post(side, stream))
         for unit, digest in zip(rounds.units, sums, strict=True):
             found = home[unit.offset : unit.offset + unit.stripe.length].numpy()
             assert np.array_equal(found, whole(unit.stripe, data)[unit.row])
@@ -191,10 +193,11 @@ def stall(peer: Peer, m: int, after: int, forget: bool = False) -> None:
     redundancy, state = protected(made, m, 16 << 20)
     peer.on_told = lambda: peer.graveyard.bury(main) if forget else made.bury(peer.graveyard)
     peer.say("up")
-    redundancy.start()
-    peer.told.wait()
-    redundancy.stop()
     try:
+        try:
+            redundancy.start()
+        finally:
+            peer.told.wait()
         redundancy.finish()
     except (PeerLost, GenerationChanged) as end:
         peer.say([type(end).__name__, state.memory.parity.record(0) is None])
@@ -264,7 +267,7 @@ def test_a_failure_that_is_no_loss_is_not_taken_for_parity(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
-    monkeypatch.setattr(Stream, "cut", lambda *_: 1 / 0)
+    monkeypatch.setattr(parity_stream, "_encode", lambda *_: 1 / 0)
 
     def work(main: Communicator) -> None:
         redundancy, _ = protected(generation(main, main), 1, 1 << 12)
