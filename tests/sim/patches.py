@@ -38,6 +38,9 @@ class Graveyard:
     def bury(self, communicator: Any) -> None:
         communicator.interrupt()
 
+    def close(self, *_: object) -> None:
+        """Nothing is kept."""
+
 
 class Log:
     """`EventLog`, told to the listeners."""

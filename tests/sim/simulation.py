@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from outlast.cluster.errors import JobComplete, StateLost
+from outlast.cluster.errors import JobComplete, PeerLost, StateLost
 from sim.checks.agreement import Agreement
 from sim.checks.code_bound import CodeBound
 from sim.checks.exactly_once import ExactlyOnce
@@ -50,7 +50,7 @@ class Sound:
         """A script ended in an exception."""
         if isinstance(error, Violation):
             raise error
-        if isinstance(error, StateLost):
+        if isinstance(error, StateLost) or (self.wild and isinstance(error, PeerLost)):
             self.refused = str(error)
         elif not isinstance(error, JobComplete):
             raise Violation(f"L2: {process.name} failed: {error!r}") from error
@@ -65,8 +65,10 @@ def shape_of(random: Random) -> Shape:
     return Shape(nodes, workers, random.choice(TASKS), how)
 
 
-def simulate(seed: int, *, shape: Shape | None = None, wild: bool | None = None) -> History:
-    """Live through the history of a seed.
+def simulate(
+    seed: int, *, shape: Shape | None = None, wild: bool | None = None, kinds: tuple[str, ...] = ()
+) -> History:
+    """Live through the history of a seed; `shape`, `wild` and `kinds` override what it draws.
 
     Raises:
         Violation: an invariant did not hold; its notes are the end of the history.
@@ -78,7 +80,7 @@ def simulate(seed: int, *, shape: Shape | None = None, wild: bool | None = None)
     twin(shape.task)
     job = Job(world, shape)
     bound, sound = CodeBound(shape), Sound(reckless if wild is None else wild)
-    swarm = Swarm(job, bound, wild=sound.wild)
+    swarm = Swarm(job, bound, wild=sound.wild, kinds=kinds)
     world.listeners = [
         job, bound, Monotonic(bound), ExactlyOnce(), Agreement(shape.task), Fencing(), Ownership(),
         Untorn(shape.task), sound, swarm,

@@ -20,17 +20,21 @@ GIVE_UP_S = 500.0  # a job without a quorum ends when the last agent has given u
 class Swarm:
     """The faults of one history."""
 
-    def __init__(self, job: Job, bound: Any, *, wild: bool) -> None:
+    def __init__(
+        self, job: Job, bound: Any, *, wild: bool, kinds: tuple[str, ...] = ()
+    ) -> None:
         self.job, self.world, self.random = job, job.world, job.world.random
         self.bound, self.wild = bound, wild
-        kinds: list[Callable[[Process | None], bool]] = [
+        all_kinds: list[Callable[[Process | None], bool]] = [
             self.kill_worker, self.kill_node, self.hang_worker, self.hang_node, self.partition,
             self.cut, self.slow, self.corrupt_memory, self.corrupt_parity, self.garbage,
         ]  # fmt: skip
-        self.kinds = self.random.sample(kinds, self.random.randint(1, 4))
+        drawn = self.random.sample(all_kinds, self.random.randint(1, 4))
+        self.kinds = [getattr(self, kind) for kind in kinds] or drawn
         self.left = self.random.choice([1, 2, 3, 4, 6, 9])
         self._rate = self.random.choice([0.2, 1.0, 3.0])
         self._hot = 0.0  # until then faults are likely: a cascade
+        self._unsettled = 0.0  # until then it is not known whom a cut has cost its place
         self._away: set[int] = set()  # machines that are down, stopped or cut off
         self._calm_s = GIVE_UP_S if wild else CALM_S
         self.world.limit_s = self._calm_s
@@ -96,6 +100,8 @@ class Swarm:
         agent = self._agent(node)
         if self.wild or agent is None or agent.view is None:
             return agent is not None or self.wild
+        if self.world.now < self._unsettled:
+            return False
         if agent.agent not in self.bound.lost() and self.bound.exceeded(1):
             return False
         there = [
@@ -214,6 +220,9 @@ class Swarm:
         if len(self.job.agents) < 2:
             return False
         a, b = self.random.sample(list(self.job.agents), 2)
+        if not (self._may_lose(a) and self._may_lose(b)):
+            return False  # a lost connection is as good as a lost node
+        self._unsettled = self.world.now + 1.0
         self.job.wires.cut(a, b)
         return self._told("cut", (a, b))
 

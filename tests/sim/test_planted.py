@@ -1,0 +1,131 @@
+"""A bug planted for every invariant is found by the checker of that invariant."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import outlast.checkpoint.ladder as ladder
+import outlast.checkpoint.memory as memory
+import outlast.cluster.detector as detector
+import outlast.cluster.view as view
+import outlast.launch.worker_desk as worker_desk
+import outlast.runtime.recovery as recovery
+import outlast.runtime.run as run
+import outlast.runtime.training as training
+import pytest
+from sim.job import Shape
+from sim.script import Redundancy
+from sim.simulation import simulate
+from sim.world import Violation
+
+SEEDS = 60
+SHARDED = Shape(4, 1, how=Redundancy(zero=2, parity=1))
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def found(kinds: tuple[str, ...], wild: bool = False) -> Iterator[str]:
+    """What the checkers say of many seeds, until they say something."""
+    for seed in range(SEEDS):
+        try:
+            simulate(seed, shape=SHARDED, wild=wild, kinds=kinds)
+        except Violation as violation:
+            yield str(violation)
+
+
+def cursor_one_batch_late(patch: pytest.MonkeyPatch) -> None:
+    real = run.samples
+    patch.setattr(run, "samples", lambda seed, step, *rest: real(seed, step + (step > 2), *rest))
+
+
+def one_rank_rounds_differently(patch: pytest.MonkeyPatch) -> None:
+    real = training.Training.gather
+
+    def gather(self: Any) -> None:
+        real(self)
+        if self.membership.generation.communicator.rank == 1:
+            self.model.param[7] += 1e-6
+
+    patch.setattr(training.Training, "gather", gather)
+
+
+def a_moment_is_not_restored(patch: pytest.MonkeyPatch) -> None:
+    real = recovery._Entry._resume
+
+    def resume(self: Any, decision: Any, reports: Any, half: int) -> int:
+        kept = real(self, decision, reports, half)
+        for values in self.training.state.live("exp_avg") if decision.step else ():
+            values.mul_(0.5)
+        return kept
+
+    patch.setattr(recovery._Entry, "_resume", resume)
+
+
+def a_step_is_skipped(patch: pytest.MonkeyPatch) -> None:
+    real = training.Training.commit
+
+    def commit(self: Any) -> None:
+        real(self)
+        self.committed += self.committed == 3
+
+    patch.setattr(training.Training, "commit", commit)
+
+
+def anybody_is_a_quorum(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(view.View, "quorum", lambda self, agents: bool(set(agents)))
+
+
+def the_hole_is_not_filled(patch: pytest.MonkeyPatch) -> None:
+    real = ladder.settle
+
+    def settle(claims: Any, holders: Any, *rest: Any) -> Any:
+        whole = real(claims, holders, *rest)
+        return type(whole).of({h: whole.runs(h)[: 1 + (h != holders[0])] for h in whole.holders})
+
+    patch.setattr(ladder, "settle", settle)
+
+
+def the_marker_comes_first(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(memory._Marked, "begin", lambda self: None)
+
+
+def nothing_is_decoded(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ladder, "decodes", lambda *_, **__: [])
+
+
+def silence_is_overheard(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(detector.Detector, "tick", lambda self, now: [])
+
+
+def nonsense_is_believed(patch: pytest.MonkeyPatch) -> None:
+    def said(self: Any, worker: Any, message: Any) -> None:
+        self._answers[message["kind"]](worker, message)
+
+    patch.setattr(worker_desk.WorkerDesk, "said", said)
+
+
+PLANTED: list[tuple[str, Plant, tuple[str, ...]]] = [
+    ("S1", cursor_one_batch_late, ("slow",)),
+    ("S2", one_rank_rounds_differently, ("slow",)),
+    ("S3", a_step_is_skipped, ("slow",)),
+    ("S4", anybody_is_a_quorum, ("partition",)),
+    ("S5", the_hole_is_not_filled, ("kill_node",)),
+    ("S7", the_marker_comes_first, ("kill_worker",)),
+    ("S9", nothing_is_decoded, ("kill_node",)),
+    ("S10", a_moment_is_not_restored, ("kill_node",)),
+    ("S17", nonsense_is_believed, ("garbage",)),
+    ("L2", silence_is_overheard, ("kill_node",)),
+]
+
+
+@pytest.mark.parametrize(("invariant", "plant", "kinds"), PLANTED, ids=[p[0] for p in PLANTED])
+def test_a_planted_bug_is_found(
+    monkeypatch: pytest.MonkeyPatch, invariant: str, plant: Plant, kinds: tuple[str, ...]
+) -> None:
+    plant(monkeypatch)
+    said = []
+    for text in found(kinds, wild=invariant == "S4"):
+        said.append(text)
+        if text.startswith(invariant + ":"):
+            return
+    pytest.fail(f"{invariant} stayed green: {said[:3]}")
+
+
