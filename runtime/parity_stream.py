@@ -87,10 +87,7 @@ class Swap:
 
 def _totals(slots: Slots, size: int) -> list[int]:
     """Bytes per rank."""
-    totals = [0] * size
-    for rank, count in slots:
-        totals[rank] += count
-    return totals
+    return [sum(count for rank, count in slots if rank == peer) for peer in range(size)]
 
 
 def _views(slots: Slots, totals: Sequence[int], buffer: Tensor) -> list[Tensor]:
@@ -129,11 +126,6 @@ class ParityStream:
         self.rounds = -(-max((stripe.length for stripe in stripes), default=0) // chunk)
         self._ships = any(len(stripe.parity) > 1 for stripe in stripes)
         self._buffers: dict[str, Tensor] = {}
-
-    @property
-    def buffered(self) -> int:
-        """Bytes of all buffers."""
-        return sum(buffer.numel() for buffer in self._buffers.values())
 
     def post(self, side: Communicator, stream: Stream) -> Swap:
         """The data of round 0 on their way: what `run` begins with."""
