@@ -79,11 +79,6 @@ class Recovery:
     norms: tuple[float, ...] = ()
     lineage: Lineage = ()
 
-    @property
-    def averaging(self) -> Averaging | None:
-        """What this recovery itself adds to the lineage, if it is lossy."""
-        return self.lineage[-1] if self.fills else None
-
     def rungs(self, shape: StateShape) -> dict[str, int]:
         """Bytes that each rung supplied."""
         total: dict[str, int] = {}

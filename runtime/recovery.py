@@ -112,11 +112,15 @@ class _Entry:
             leaves_kept=kept,
             leaves_missing=training.settings.leaves - kept,
         )
-        if decision.averaging is not None and self.rank == 0:
-            self._announce(decision.averaging)
+        for averaging in decision.lineage:
+            self._announce(averaging, decision.step)
 
-    def _announce(self, averaging: Averaging) -> None:
-        """A lossy recovery never goes unsaid."""
+    def _announce(self, averaging: Averaging, step: int) -> None:
+        """A lossy recovery never goes unsaid, also if a further loss cut it short."""
+        known, self.training.announced = self.training.announced, averaging.generation
+        fresh = averaging.generation > known and averaging.step == step
+        if self.rank or not fresh or not averaging.runs:
+            return
         self.training.link.send(
             kind="event",
             event="averaged",
@@ -153,7 +157,7 @@ class _Entry:
             holder=training.link.identity.holder,
             node=training.link.identity.node,
             done=training.gathered,
-            initial=training.initial,
+            initial=training.initial and not self.generation.trained,
             nodes_step=training.stack.step,
             nodes=training.stack.nodes,
             weight=training.weight,
@@ -161,6 +165,7 @@ class _Entry:
             numerics=numerics(),
             slots=tuple(slot.source() for slot in survey.slots),
             parity=tuple(parity.source for parity in survey.parity),
+            ended=training.ended,
         )
 
     def _move(self, decision: Recovery, survey: Survey) -> int:
@@ -209,6 +214,7 @@ class _Entry:
         views = training.state.live(training.primary)
         training.optimizer.rebuild(views, [whole, *cohorts], training.state.members)
         training.committed = step
+        training.ended = max(report.ended for report in reports)
         training.losses = decision.losses
         training.enter(self.generation, decision.layout, [report.weight for report in reports])
         if decision.fresh:

@@ -155,10 +155,12 @@ class Training:
         self.weight = settings.weight  # or as measured, where leaves follow the pace
         self.primary = state.roles[0].name
         self.committed = 0
+        self.ended = -1  # newest step behind which all ranks have waited for each other
         self.gathered = -1  # newest step of which all working parameters are here
         self.initial = True  # the working parameters are still those of the script
         self.losses: tuple[float, ...] = ()
         self.lineage: Lineage = ()
+        self.announced = 0  # generation of the newest averaging that was told of
         self.norm = 0.0
         self.todo: list[int] = []
         self.nodes: list[tuple[Node, ...]] = []

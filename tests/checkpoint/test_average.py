@@ -165,9 +165,9 @@ def test_any_one_node_may_go_without_parity(nodes: int, per_node: int) -> None:
         held = union((), [run for holder in gone for run in job.layout.runs(holder)])
         decision = decide(left)
         assert decision.step == 2
-        assert decision.averaging is not None
-        assert decision.averaging.runs == intersect(held, [STACK])
-        assert decision.averaging.step == 2
+        assert decision.fills
+        assert decision.lineage[-1].runs == intersect(held, [STACK])
+        assert decision.lineage[-1].step == 2
         exact = [output.run for decode in decision.decodes for output in decode.outputs]
         assert union((), exact) == subtract(held, [STACK])  # the edges
         assert set(decision.rungs(job.shape)) >= {Rung.AVERAGE, Rung.PARITY}
@@ -207,8 +207,8 @@ def test_of_two_steps_the_one_that_misses_less_is_averaged() -> None:
     job.commit(3, job.ranks[2:])
     decision = decide(lost(job, "node0"))
     assert decision.step == 2
-    assert decision.averaging is not None
-    assert decision.averaging.runs == intersect(job.layout.runs(job.ranks[0]), [STACK])
+    assert decision.fills
+    assert decision.lineage[-1].runs == intersect(job.layout.runs(job.ranks[0]), [STACK])
 
 
 def test_what_was_done_is_not_undone_to_average_less() -> None:
@@ -234,7 +234,7 @@ def averaged_reports(job: EmulatedJob, ahead: int) -> list[Report]:
     left = lost(job, "node0")
     decision = decide(left)
     assert decision.step == 2
-    assert decision.averaging is not None
+    assert decision.fills
     lineage = decision.lineage
     reports = []
     for report in left.sources()[2]:

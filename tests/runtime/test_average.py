@@ -140,11 +140,11 @@ def check(decision: Recovery, states: list[State]) -> None:
     right = numbers(1, "param", size).view(np.float32).copy()
     moments = numbers(1, "exp_avg", size).copy()
     lost = canonical(fill.run for fill in decision.fills)
-    assert decision.averaging is not None
-    assert decision.averaging.runs == lost
+    assert decision.fills
+    assert decision.lineage[-1].runs == lost
     # Of h.1 by 1 and 16, of h.2 by 4 and 0, of h.3 by 16 and 9; the ends are copies.
     weights = [(0.0, 1.0), (1 / 17, 16 / 17), (1.0, 0.0), (16 / 25, 9 / 25), (1.0, 0.0)]
-    np.testing.assert_allclose(decision.averaging.weights, weights)
+    np.testing.assert_allclose(decision.lineage[-1].weights, weights)
     old = right.copy()
     for run in lost:
         for address in range(run.start, run.stop):
