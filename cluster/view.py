@@ -48,8 +48,8 @@ class Member:
     plane. restarts: bumped to make everybody restart. finished: all its workers ended with 0.
     elastic: its workers speak outlast. memories: how many memories of dead workers it keeps for
     workers that will come back. complete: a worker ended well, so the view stays as it is. rack:
-    what it shares with the nodes that fail with it, empty if unknown. spare: it votes, and its
-    workers wait for the place of a lost member.
+    what it shares with the nodes that fail with it, empty if unknown. trained: it knows that the
+    job has committed a step. spare: it votes, and its workers wait for the place of a lost member.
     """
 
     agent: str
@@ -63,6 +63,7 @@ class Member:
     memories: int = 0
     complete: bool = False
     rack: str = ""
+    trained: bool = False
     spare: bool = False
 
     def shape(self) -> tuple[object, ...]:
@@ -97,6 +98,7 @@ class Member:
             memories=field(data, "memories", int),
             complete=field(data, "complete", bool),
             rack=field(data, "rack", str),
+            trained=field(data, "trained", bool),
             spare=field(data, "spare", bool),
         )
         _unique("local_rank", [worker.local_rank for worker in member.workers])

@@ -71,6 +71,7 @@ class Agent:
         self.ending, self.spare = Ending(self), Spare(self)
         self.mesh = Mesh(job, me, self.timing, self._callbacks())
         self.restarts = 0
+        self.trained = False  # whether the job has committed a step, as far as is known here
         self.running: View | None = None  # of an elastic job that we are not in yet
         self._plain = PlainJob(self)
 
@@ -162,7 +163,7 @@ class Agent:
         me = replace(
             self.mesh.me, restarts=self.restarts, finished=settled, complete=self.ending.complete,
             workers=self.mesh.me.workers if self.ending.complete else self.spare.offer(),
-            elastic=self.crew.ever_attached,
+            elastic=self.crew.ever_attached, trained=self.trained,
             memories=memories_of_use(self.crew, self.config.max_restarts),
         )  # fmt: skip
         if self.running is not None and self.view is None:

@@ -38,10 +38,15 @@ class Spare:
         return crew.workers() if crew.complete else ()
 
     def described(self, member: Member) -> None:
-        """Another agent said how it is: this may be how a spare learns what job this is."""
-        self._agent.ending.described(member)
-        if self.waits and self._agent.view is not None:
-            self.follow(self._agent.view)
+        """Another agent said how it is: this is how a spare learns what job this is. That it has
+        trained is passed on, so that those who never did know it when nobody else is left."""
+        agent = self._agent
+        if member.trained and not agent.trained:
+            agent.trained = True
+            agent.describe()
+        agent.ending.described(member)
+        if self.waits and agent.view is not None:
+            self.follow(agent.view)
 
     def follow(self, view: View) -> None:
         """Start the workers, once it is known that they will wait: those of a plain job train."""

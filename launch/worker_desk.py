@@ -120,6 +120,9 @@ class WorkerDesk:
             # Rank 0 may be new and have missed a step: whoever has made it writes it.
             self._restored = message.get("step")
             self._agent.metrics.write()
+        elif name == "resumed" and not self._agent.trained:
+            self._agent.trained = True
+            self._agent.describe()
         else:
             self._agent.progress.told(name, message)
 

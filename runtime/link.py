@@ -78,6 +78,12 @@ class Generation:
         return {w.holder: f"{member.rack}/{member.agent}" for member, w in self.view.workers}
 
     @property
+    def trained(self) -> bool:
+        """Whether the job had committed a step when this view was agreed: who knows of none came
+        after that, and must not start over."""
+        return any(member.trained for member in self.view.members)
+
+    @property
     def unread_memories(self) -> bool:
         """Whether an agent keeps memories of dead workers that no worker of its node can read."""
         return any(member.memories and not member.workers for member in self.view.members)

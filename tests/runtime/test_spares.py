@@ -99,3 +99,14 @@ def test_two_nodes_and_a_spare_lose_both_nodes_in_turn(tmp_path: Path) -> None:
     finally:
         for job in jobs:
             job.stop()
+
+
+def test_spares_alone_do_not_start_over(start: Start) -> None:
+    """All that trained are lost, and the spares are a majority: they know that there was a step."""
+    job = start(1, 1, "--pause", "0.05", *STEPS, launch=("--spares", "2"))
+    wait_for_spares(job, 2)
+    job.wait_for_step(2)
+    job.kill_node("node0")
+    assert job.end() == 1, job.output
+    assert "StateLost: no survivor holds any state" in job.output
+    assert not [e for e in job.events("recovered") if e["generation"] > 1]
