@@ -216,6 +216,7 @@ class Report:
         weight: relative speed for dealing leaves.
         model: fingerprint of the model and of its initial values.
         numerics: what else decides the bits, see `runtime.determinism`.
+        ended: newest step behind which all ranks have waited for each other, as it knows.
     """
 
     rank: int
@@ -230,6 +231,7 @@ class Report:
     numerics: str
     slots: tuple[SlotSource, ...]
     parity: tuple[ParitySource, ...]
+    ended: int = -1
 
     def as_json(self) -> dict[str, Any]:
         slots = [

@@ -166,6 +166,7 @@ class _Entry:
             slots=tuple(slot.source() for slot in survey.slots),
             parity=tuple(parity.source for parity in survey.parity),
             ended=training.ended,
+            ended=training.ended,
         )
 
     def _move(self, decision: Recovery, survey: Survey) -> int:
@@ -214,6 +215,7 @@ class _Entry:
         views = training.state.live(training.primary)
         training.optimizer.rebuild(views, [whole, *cohorts], training.state.members)
         training.committed = step
+        training.ended = max(report.ended for report in reports)
         training.ended = max(report.ended for report in reports)
         training.losses = decision.losses
         training.enter(self.generation, decision.layout, [report.weight for report in reports])

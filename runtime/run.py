@@ -181,6 +181,8 @@ class Run:
                         f"step {step.index} was left before it was committed: loop over all of "
                         "step.batches(...) inside `with step:`"
                     )
+            if training.committed > count or training.ended >= training.committed:
+                break  # this rank joined when the others had passed the barrier
             try:
                 self._link.pulse.inside()
                 training.membership.redundancy.finish()
@@ -193,7 +195,7 @@ class Run:
                 except JobComplete:
                     break  # somebody passed this barrier, so everybody had done all steps
             else:
-                break
+                training.ended = training.committed
         self._link.pulse.outside()
 
     def recover(self) -> None:
@@ -215,7 +217,11 @@ class Run:
             try:
                 return self._digest()
             except _INTERRUPTED:
-                self.recover()
+                try:
+                    self.recover()
+                except JobComplete as complete:
+                    self.close()
+                    raise SystemExit(0) from complete  # the others have said it and left
 
     def _digest(self) -> str:
         digest = hashlib.sha256()
