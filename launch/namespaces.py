@@ -79,11 +79,10 @@ class Namespaces:
             subprocess.run(["tc", "-n", self._switch, "qdisc", "del", *device], capture_output=True)
 
     def __enter__(self) -> Self:
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
             self._make()
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
         return self
 
     def _make(self) -> None:

@@ -119,14 +119,6 @@ class Cluster:
         """The workers of a node."""
         return [p for p in self.tree(node)[1:] if SCRIPT in p.cmdline()]
 
-    def signal(self, processes: list[psutil.Process], number: signal.Signals) -> None:
-        """One signal to processes, those that are gone excepted."""
-        for process in processes:
-            try:
-                process.send_signal(number)
-            except psutil.NoSuchProcess:
-                continue
-
     def strike(self, kind: str, node: str, worker_only: bool) -> None:
         """Kill, hang or partition a node or its worker."""
         if kind == "partition":
@@ -134,7 +126,7 @@ class Cluster:
             self.network.cut([node])
             return
         number = signal.SIGKILL if kind == "kill" else signal.SIGSTOP
-        self.signal(self.workers(node) if worker_only else self.tree(node), number)
+        send(self.workers(node) if worker_only else self.tree(node), number)
 
     def heal(self, kind: str, node: str) -> None:
         """Undo what can be undone."""
@@ -142,7 +134,7 @@ class Cluster:
             assert self.network is not None
             self.network.heal([node])
         elif kind == "hang" and self.agents[node].poll() is None:
-            self.signal(self.tree(node), signal.SIGCONT)
+            send(self.tree(node), signal.SIGCONT)
 
     # ---- what the job says
 
@@ -160,13 +152,10 @@ class Cluster:
         found = [event for event in events if event["event"] == name]
         return sorted(found, key=lambda event: float(event["time"]))
 
-    def output(self, node: str) -> str:
-        """What a node printed."""
-        return (self.directory / f"{node}.out").read_text(errors="replace")
-
     def digests(self, node: str) -> list[str]:
         """Digests that workers of a node printed."""
-        return re.findall(r"digest ([0-9a-f]{64})", self.output(node))
+        printed = (self.directory / f"{node}.out").read_text(errors="replace")
+        return re.findall(r"digest ([0-9a-f]{64})", printed)
 
     def wait(self, what: Callable[[], Any], name: str) -> None:
         """Until `what` holds."""
@@ -182,7 +171,8 @@ class Cluster:
 
     def shown(self) -> str:
         """The ends of all outputs."""
-        return "\n".join(f"--- {node}\n{self.output(node)[-1500:]}" for node in self.nodes)
+        files = [self.directory / f"{node}.out" for node in self.nodes]
+        return "\n".join(f"--- {file}\n{file.read_text()[-1500:]}" for file in files)
 
     def __enter__(self) -> Self:
         return self
@@ -195,7 +185,7 @@ class Cluster:
     ) -> None:
         for node, agent in self.agents.items():
             if agent.poll() is None:
-                self.signal(self.tree(node), signal.SIGKILL)
+                send(self.tree(node), signal.SIGKILL)
             agent.wait()
 
 
@@ -206,3 +196,12 @@ def free_ports(count: int) -> list[int]:
     for probe in probes:
         probe.close()
     return ports
+
+
+def send(processes: list[psutil.Process], number: signal.Signals) -> None:
+    """One signal to processes, those that are gone excepted."""
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue

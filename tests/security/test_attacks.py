@@ -7,7 +7,6 @@ the job in the bits of an undisturbed run.
 
 import json
 import os
-import pickle
 import signal
 import socket
 import struct
@@ -40,14 +39,9 @@ store.set("torch.rendezvous.none", open(sys.argv[3], "rb").read())
 """
 
 
-class Bomb:
-    """Unpickled, it leaves a file."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (f"touch {self.mark}",)
+def bomb(mark: Path) -> bytes:
+    """A pickle that leaves a file where it is unpickled."""
+    return b"cos\nsystem\n(S'touch %b'\ntR." % bytes(mark)
 
 
 @pytest.fixture
@@ -74,18 +68,18 @@ def listening(job: TrainingJob) -> list[tuple[str, int]]:
 def test_bombs_on_every_port_change_nothing(job: TrainingJob, tmp_path: Path) -> None:
     """torchrun's rendezvous port runs what a stranger sends; here nobody unpickles anything."""
     job.wait_for_step(2)
-    mark, bomb = tmp_path / "mark", tmp_path / "bomb"
-    bomb.write_bytes(pickle.dumps(Bomb(mark)))
+    mark, file = tmp_path / "mark", tmp_path / "bomb"
+    file.write_bytes(bomb(mark))
     places = listening(job)
     assert len(places) >= 3, "three agents listen"
-    frame = struct.pack(">I", len(bomb.read_bytes())) + bomb.read_bytes()
+    frame = struct.pack(">I", len(bomb(mark))) + bomb(mark)
     for address in places:
         with socket.create_connection(address, timeout=5) as stranger:
             stranger.sendall(frame)
             stranger.sendall(b"\xff" * 4096)
     agents = [place for place in places if place[0] != "0.0.0.0"][:2]
     for host, port in agents:
-        command = [sys.executable, "-c", WRITE_STORE, host, str(port), str(bomb)]
+        command = [sys.executable, "-c", WRITE_STORE, host, str(port), str(file)]
         wrote = subprocess.run(command, capture_output=True, env=ENVIRONMENT, timeout=120)
         assert wrote.returncode != 0, "nobody here speaks TCPStore"
     assert job.end() == 0, job.output
@@ -98,7 +92,9 @@ def test_bombs_on_every_port_change_nothing(job: TrainingJob, tmp_path: Path) ->
 def test_the_bomb_is_armed(tmp_path: Path) -> None:
     """Planted: where somebody does unpickle it, the file appears."""
     mark = tmp_path / "mark"
-    pickle.loads(pickle.dumps(Bomb(mark)))
+    (tmp_path / "bomb").write_bytes(bomb(mark))
+    load = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb'))"
+    subprocess.run([sys.executable, "-c", load, str(tmp_path / "bomb")], check=True)
     assert mark.exists()
 
 
@@ -156,7 +152,7 @@ def test_metadata_that_is_a_pickle_is_refused(descriptor: int, tmp_path: Path) -
     """Loading a distributed checkpoint of torch runs its metadata; a record is only ever JSON."""
     mark = tmp_path / "mark"
     for index in range(4):
-        forge(descriptor, pickle.dumps(Bomb(mark)), index)
+        forge(descriptor, bomb(mark), index)
     memory = StateMemory(descriptor, SHAPE)
     for half in (0, 1):
         with pytest.raises(Corrupt):
