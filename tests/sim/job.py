@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from outlast.cluster.errors import JobComplete
 from outlast.launch.config import LaunchConfig
 from outlast.launch.node import _incarnations
 from outlast.runtime.link import AgentLink
@@ -138,10 +137,7 @@ class Job:
                     world.pause(process.slowness * 0.02 * (0.5 + world.random.random()))
                     step.backward(loss)
             run.log(loss=step.loss)
-        try:
-            self.digests[process.name] = run.digest()
-        except JobComplete:
-            pass  # the others have ended well: as a script, this one would end here
+        self.digests[process.name] = run.digest()
         world.note("digest", process.name, self.digests.get(process.name))
         run.close()
 

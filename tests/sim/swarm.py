@@ -59,7 +59,7 @@ class Swarm:
         return {}
 
     def _strike(self, process: Process | None) -> None:
-        if self.left > 0 and not self.job.over:
+        if self.left > 0 and self.job.agents and not self.job.over:
             self._extend()
             kind = self.random.choice(self.kinds)
             if kind(process) and isinstance(getcurrent(), Strand):
