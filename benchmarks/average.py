@@ -207,7 +207,9 @@ def run_arm(
             else:
                 trainer.replace(unit, arm)
                 trainer.start_over(unit)
-            jumps.append((iteration, unit, before, trainer.validate()))
+            after = trainer.validate()
+            jumps.append((iteration, unit, before, after))
+            curve += [(iteration, before), (iteration, after)]
         if trainer.step % options.checkpoint_every == 0:
             saved = trainer.save()
         if iteration % options.every == 0:
@@ -244,10 +246,10 @@ def plot(arms: dict[str, Any], lost: Sequence[int], path: Path) -> None:
         for arm, result in arms.items():
             axes.plot(*zip(*result["curve"], strict=True), label=LABELS[arm], linewidth=1.4)
         top = max(bits for at, bits in arms["parity"]["curve"] if at >= lost[0] // 2)
-        axes.set_ylim(top=top * 1.05)
+        axes.set_ylim(top=top + 0.3)
         axes.set(xlabel="iterations (grey: a block is lost)", ylabel="validation, bits per byte")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper right")
         figure.savefig(path, metadata={"Date": None})
 
 
