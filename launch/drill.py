@@ -253,7 +253,7 @@ def judge(
     Notes the faults beside the logs, so that a report can be made again.
     """
     logs = drill.job.out
-    faults = [s.fault for s in drill.struck if s.fault is not None] + drill.striker.repairs
+    faults = [s.fault for s in drill.struck if s.fault is not None]
     noted = [dataclasses.asdict(fault) for fault in faults]
     (logs / FAULTS_FILE).write_text(json.dumps(noted), encoding="utf-8")
     run, events = load_run(logs, faults), events_of(logs)

@@ -71,7 +71,8 @@ class DrilledJob:
         )  # fmt: skip
         self.watch = Watch(out, self._alive)
         self.excused: set[str] = set()  # nodes that are meant to end with an error
-        self.pace_s, self.patient = 0.0, True
+        self.pace_s, self.patient, self.hold = 0.0, True, False
+        self.evicted = 0  # workers that do not come back
         self.over_is_news = True  # whether the end of the training comes too early
 
     def _command(self, node: str) -> list[str]:
@@ -99,7 +100,7 @@ class DrilledJob:
 
     def _alive(self) -> None:
         # What has recovered can wait; what has not is being measured.
-        waiting = self.patient and self.stable() and not self.full()
+        waiting = self.patient and self.stable() and (self.hold or not self.full())
         self.traps.pace_s = max(self.pace_s, PATIENCE_S) if waiting else self.pace_s
         codes = self.nodes.exit_codes()
         for node, code in codes.items():
@@ -146,8 +147,8 @@ class DrilledJob:
 
     def full(self) -> bool:
         """Whether all workers and spares are in the newest view."""
-        ranks = self.shape.nodes * self.shape.workers
-        return len(self.holders) == ranks and len(self.members) == len(self.names)
+        ranks = self.shape.nodes * self.shape.workers - self.evicted
+        return len(self.holders) >= ranks and len(self.members) == len(self.names)
 
     def await_strength(self, step: int = 0) -> None:
         """Until all are there and stand on their own redundancy, and `step` is committed.

@@ -88,6 +88,8 @@ def _order(text: str, spec: str) -> Order:
     if how not in KINDS[kind]:
         ways = ", ".join(filter(None, KINDS[kind])) or "nothing to choose"
         raise Misuse(f"--fault {spec!r}: how={how!r}; {kind} has {ways}")
+    if how == "block":  # the script stands still, the link thread answers
+        phase = phase or "leaf"
     if phase and phase not in POINTS:
         raise Misuse(f"--fault {spec!r}: phase={phase!r} is none of {', '.join(POINTS)}")
     try:
@@ -102,8 +104,10 @@ def _order(text: str, spec: str) -> Order:
 def draw(generator: random.Random, kinds: Sequence[str]) -> Salvo:
     """A random fault: at any moment of a step, at a point of it, or with one in its recovery."""
     kind = generator.choice(list(kinds))
-    order = Order(kind, how=generator.choice(KINDS[kind][:2]))
-    if kind not in ("slow", "poison", "corrupt-snapshot") and generator.random() < 0.4:
+    how = generator.choice(KINDS[kind])
+    order = Order(kind, how=how, phase="leaf" if how == "block" else "")
+    plain = not order.phase and kind not in ("slow", "poison", "corrupt-snapshot")
+    if plain and generator.random() < 0.4:
         order = replace(order, phase=generator.choice(STEP))
     if generator.random() < 0.15 and kind in ("kill-worker", "kill-node"):
         return order, Order("kill-worker", phase=generator.choice(RECOVERY))

@@ -21,7 +21,7 @@ from outlast.launch.trap import Facts, Trap
 from outlast.launch.watch import Event
 
 EFFECT_LIMIT_S = 90.0  # for a process to come to a point, and for the sign of what takes nobody
-SLICE_S = 0.06  # a slowed worker is stopped for a part of each slice
+SLICE_S = 0.009  # a slowed worker is stopped for a part of each: shorter than most leaves
 SIGNS = {"slow": "slow_rank", "corrupt-snapshot": "corrupt", "poison": "poisoned"}
 DEEDS = {
     "kill-worker": "worker of {} killed", "kill-node": "{} killed, whole node",
@@ -57,12 +57,11 @@ class Striker:
 
     def __init__(self, job: DrilledJob, generator: random.Random | None = None) -> None:
         self.job, self.generator = job, generator
-        self.repairs: list[Fault] = []  # losses that mending needed
 
     def strike(self, salvo: Salvo) -> list[Struck]:
         """All orders of a salvo, their effect, and the repairs that are not the job's own."""
         hit: set[str] = set()
-        over = threading.Event()
+        over, self.job.hold = threading.Event(), True
         found = [self._aim(order, hit) for order in salvo]
         try:
             for struck in found:
@@ -73,6 +72,7 @@ class Striker:
                     self._await_effect(struck)
         finally:
             over.set()
+            self.job.hold = False
             for struck in found:
                 if struck.trap is not None:
                     self.job.traps.drop(struck.trap)
@@ -102,7 +102,7 @@ class Striker:
             return bool(facts["node"] == struck.member["node"])
 
         poison = order.kind == "poison"
-        if point := "leaf" if poison else order.phase or ("reduce" if order.how == "block" else ""):
+        if point := "leaf" if poison else order.phase:
             struck.trap = Trap(point, fits, {"poison": order.how} if poison else {}, lasting=poison)
             job.traps.set(struck.trap)
         return struck
@@ -207,7 +207,9 @@ class Striker:
             return
         lost = job.watch.event("worker_lost", fault.time - 1, pid=struck.pid)
         if order.kind == "poison":
-            self._replace(struck, struck.sign)
+            if struck.sign["action"] == "evicted":  # and nothing takes its place but a spare
+                job.evicted += 1
+                job.await_view(int(struck.member["workers"][0]))
         elif lost is not None:
             struck.fault = replace(fault, holders=(int(lost["holder"]),))
 
@@ -221,20 +223,6 @@ class Striker:
             job.await_that(lambda: job.nodes.exit_codes()[node] is not None, ended, RETURN_LIMIT_S)
             job.network.heal([node])
             job.excused.discard(node)
-        job.nodes.start(node)
-
-    def _replace(self, struck: Struck, sign: Event) -> None:
-        """A node whose worker was evicted for good is replaced, as its operator would."""
-        job, node, agent = self.job, struck.member["node"], struck.member["agent"]
-        if struck.trap is not None:
-            job.traps.drop(struck.trap)
-        if sign.get("action") != "evicted":
-            return
-        job.await_view(int(struck.member["workers"][0]))
-        job.await_that(job.stable, "two commits", RETURN_LIMIT_S)
-        at = job.nodes.kill_node(node)
-        self.repairs.append(Fault(at, "repair", f"{node} replaced", node, (agent,)))
-        job.await_view(agent)
         job.nodes.start(node)
 
 
