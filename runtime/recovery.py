@@ -81,8 +81,9 @@ class _Entry:
         _compare(reports)
         self._reach("plan")
         decision = training.ladder.decide(reports)
-        if (decision.fresh or decision.fills) and self.generation.unread_memories:
-            raise StateLost("a node whose workers are being restarted may have the state")
+        seen = max(report.done for report in reports) >= decision.step and not decision.fills
+        if self.generation.unread_memories and not seen:
+            raise StateLost("a node whose workers are being restarted may have a newer step")
         self._mark("plan")
         self._reach("move")
         half = self._move(decision, survey)
@@ -166,7 +167,6 @@ class _Entry:
             slots=tuple(slot.source() for slot in survey.slots),
             parity=tuple(parity.source for parity in survey.parity),
             ended=training.ended,
-            ended=training.ended,
         )
 
     def _move(self, decision: Recovery, survey: Survey) -> int:
@@ -215,7 +215,6 @@ class _Entry:
         views = training.state.live(training.primary)
         training.optimizer.rebuild(views, [whole, *cohorts], training.state.members)
         training.committed = step
-        training.ended = max(report.ended for report in reports)
         training.ended = max(report.ended for report in reports)
         training.losses = decision.losses
         training.enter(self.generation, decision.layout, [report.weight for report in reports])

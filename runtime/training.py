@@ -156,7 +156,6 @@ class Training:
         self.primary = state.roles[0].name
         self.committed = 0
         self.ended = -1  # newest step behind which all ranks have waited for each other
-        self.ended = -1  # newest step behind which all ranks have waited for each other
         self.gathered = -1  # newest step of which all working parameters are here
         self.initial = True  # the working parameters are still those of the script
         self.losses: tuple[float, ...] = ()
