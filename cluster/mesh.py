@@ -8,7 +8,7 @@ to be made, because the members of a new view begin to speak before all their li
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +79,7 @@ class Mesh:
         self._links = Links(me.agent, job.job_id, job.key, timing, self)
         seats = Seats(job.min_nodes, job.max_nodes, job.spares)
         self._machine = Membership(me, timing, seats, founder=False)
+        self.detector = self._machine.detector  # of members that seem to be gone
         self._events: deque[ev.Event] = deque()
         self._endpoints = Endpoints(job.endpoints, timing)
         self._busy = False
@@ -95,11 +96,6 @@ class Mesh:
         """The latest self-description of every agent that is known, this one included."""
         known = {a: p.member for a, p in self._machine.roster.peers.items() if p.member}
         return {**known, self.me.agent: self.me}
-
-    @property
-    def suspects(self) -> Collection[str]:
-        """The members that seem to be gone."""
-        return self._machine.detector.suspects.keys()
 
     async def start(self) -> Address:
         """Bind, listen and begin to dial; returns the control address that others dial.

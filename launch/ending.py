@@ -55,7 +55,7 @@ class Ending:
         # Spares of a plain job have nothing to end: they hear of it.
         present = agent.view.members if agent.elastic else agent.view.active
         # Nobody is taken out of the view of a complete job, so who is gone is not waited for.
-        gone = agent.mesh.suspects if self.complete else ()
+        gone = agent.mesh.detector.suspects if self.complete else ()
         others = [m for m in present if m.agent != agent.agent and m.agent not in gone]
         if all(agent.mesh.members.get(m.agent, m).finished for m in others):
             if self.succeeded:

@@ -2,8 +2,8 @@
 
 Usage: fake_worker.py STEPS START [FLAW]. Step s is committed 50 ms x s after START (seconds since
 1970), so that all workers of a job report the same steps; who is in no view waits. FLAW: `raise` in
-rank 1 at step 5, `exit` in rank 1 before attach, `spare` raises in whoever has to wait, `mute` never
-reads its link after ready, `garbage` sends nonsense first.
+rank 1 at step 5, `exit` in rank 1 before attach, `spare` raises in whoever has to wait, `mute`
+never reads its link after ready, `garbage` sends nonsense first.
 """
 
 import base64
