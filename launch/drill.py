@@ -26,7 +26,7 @@ from rich.console import Console
 from outlast.cluster.errors import Misuse
 from outlast.cluster.failpoint import RECOVERY, STEP
 from outlast.launch.drilled_job import RETURN_LIMIT_S, DrilledJob, DrillFailed, Shape
-from outlast.launch.fault import DRAWN, KINDS, Salvo, draw, parse
+from outlast.launch.fault import DRAWN, KINDS, Order, Salvo, draw, parse
 from outlast.launch.namespaces import Namespaces, missing
 from outlast.launch.report import FAULTS_FILE, METRICS_FILE, load_run, read_lines, write_report
 from outlast.launch.strike import Striker, Struck
@@ -75,10 +75,11 @@ class DrillConfig:
     def points(self) -> frozenset[str]:
         """Failpoints to arm: those of the orders, or any that may be drawn."""
         orders = [order for salvo in self.salvos for order in salvo]
+        kinds = {order.kind for order in orders} or set(self.kinds)
         used = {order.phase for order in orders} - {""}
         used |= {"reduce"} if self.pace_s or not self.mtbf_s else set()
         used |= {*STEP, *RECOVERY} if self.rounds else set()
-        return frozenset(used | {"leaf" for order in orders if order.kind == "poison"})
+        return frozenset(used | {"leaf" for kind in kinds if kind == "poison"})
 
 
 def config_of(options: dict[str, Any]) -> DrillConfig:
@@ -144,7 +145,7 @@ class Drill:
         end = due + self.config.duration_s
         while (due := due + generator.expovariate(1 / self.config.mtbf_s)) < end:
             self.wait_until(due, QUORUM_NODES)
-            self._strike(draw(generator, self.config.kinds)[:1])
+            self._strike((Order(generator.choice(self.config.kinds)),))
         self.wait_until(end)
 
     def wait_until(self, due: float, nodes: int = 0) -> None:

@@ -71,7 +71,8 @@ class DrilledJob:
         )  # fmt: skip
         self.watch = Watch(out, self._alive)
         self.excused: set[str] = set()  # nodes that are meant to end with an error
-        self.pace_s, self.patient, self.hold = 0.0, True, False
+        self.pace_s, self.patient = 0.0, True
+        self.held_s: float | None = None  # pace while the effect of a fault is waited for
         self.evicted = 0  # workers that do not come back
         self.over_is_news = True  # whether the end of the training comes too early
 
@@ -100,8 +101,11 @@ class DrilledJob:
 
     def _alive(self) -> None:
         # What has recovered can wait; what has not is being measured.
-        waiting = self.patient and self.stable() and (self.hold or not self.full())
-        self.traps.pace_s = max(self.pace_s, PATIENCE_S) if waiting else self.pace_s
+        pace_s = self.pace_s
+        if self.patient and self.stable():
+            pace_s = PATIENCE_S if not self.full() else pace_s
+            pace_s = pace_s if self.held_s is None else self.held_s
+        self.traps.pace_s = pace_s
         codes = self.nodes.exit_codes()
         for node, code in codes.items():
             if code and node not in self.excused:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from outlast.checkpoint.memory import parity_region
-from outlast.launch.drilled_job import RETURN_LIMIT_S, DrilledJob, Member
+from outlast.launch.drilled_job import PATIENCE_S, RETURN_LIMIT_S, DrilledJob, Member
 from outlast.launch.fault import Order, Salvo
 from outlast.launch.timeline import Fault
 from outlast.launch.trap import Facts, Trap
@@ -61,7 +61,8 @@ class Striker:
     def strike(self, salvo: Salvo) -> list[Struck]:
         """All orders of a salvo, their effect, and the repairs that are not the job's own."""
         hit: set[str] = set()
-        over, self.job.hold = threading.Event(), True
+        over, slow = threading.Event(), any(order.kind == "slow" for order in salvo)
+        self.job.held_s = 0.0 if slow else PATIENCE_S  # who is slow shows only by computing
         found = [self._aim(order, hit) for order in salvo]
         try:
             for struck in found:
@@ -72,7 +73,7 @@ class Striker:
                     self._await_effect(struck)
         finally:
             over.set()
-            self.job.hold = False
+            self.job.held_s = None
             for struck in found:
                 if struck.trap is not None:
                     self.job.traps.drop(struck.trap)
