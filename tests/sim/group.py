@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+
 from outlast.cluster.errors import PeerLost
 from outlast.runtime.collectives import Communicator
 from sim.network import Network

@@ -89,7 +89,8 @@ class Job:
         self.agents[node] = process
 
         async def live() -> None:
-            code = await _incarnations(config, b"k" * 16, Console(self.world))  # type: ignore[arg-type]
+            console: Any = Console(self.world)
+            code = await _incarnations(config, b"k" * 16, console)
             self.ends[node] = code
             self.world.note("ended", process.name, code)
             process.kill(code)

@@ -16,7 +16,7 @@ class Wires:
 
     def __init__(self, network: Network) -> None:
         self.network = network
-        self.listening: dict[tuple[str, int], tuple["Loop", Callable[[], Any]]] = {}
+        self.listening: dict[tuple[str, int], tuple[Loop, Callable[[], Any]]] = {}
         self.open: list[Transport] = []
 
     def cut(self, a: int, b: int) -> None:
@@ -73,13 +73,10 @@ class Loop(asyncio.AbstractEventLoop):
     def call_soon(self, callback: Any, *args: Any, context: Any = None) -> Any:
         return self.call_at(0, callback, *args, context=context)
 
-    call_soon_threadsafe = call_soon  # type: ignore[assignment]
-
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        pass
-
-    def create_future(self) -> Any:
-        return asyncio.Future(loop=self)
+    call_soon_threadsafe: Any = call_soon
+    create_future: Any = lambda self: asyncio.Future(loop=self)
+    _timer_handle_cancelled: Any = lambda self, *_: None
+    add_signal_handler = default_exception_handler = get_debug = _timer_handle_cancelled
 
     def create_task(self, coro: Any, **_: Any) -> Any:
         task: Any = asyncio.Task(coro, loop=self)
@@ -87,14 +84,8 @@ class Loop(asyncio.AbstractEventLoop):
         self.tasks.append(task)
         return task
 
-    def get_debug(self) -> bool:
-        return False
-
     def is_closed(self) -> bool:
         return not self.process.alive
-
-    def is_running(self) -> bool:
-        return True
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         self.world.tell("crashed", self.process, context.get("exception") or context["message"])
@@ -103,12 +94,6 @@ class Loop(asyncio.AbstractEventLoop):
 
     def set_exception_handler(self, handler: Any) -> None:
         self._broken = handler
-
-    def default_exception_handler(self, context: dict[str, Any]) -> None:
-        pass
-
-    def add_signal_handler(self, sig: int, callback: Any, *args: Any) -> None:
-        pass
 
     def add_reader(self, fd: Any, callback: Any, *args: Any) -> None:
         self.readers[fd] = callback
@@ -121,14 +106,14 @@ class Loop(asyncio.AbstractEventLoop):
     async def getaddrinfo(self, host: Any, port: Any, **_: Any) -> Any:
         return [(0, 0, 0, "", (host, port or 0))]
 
-    async def create_server(self, factory: Any, host: Any, port: Any, **_: Any) -> Any:  # type: ignore[override]
+    async def create_server(self, factory: Any, host: Any, port: Any, **_: Any) -> Any:
         address = (host, port or 30000 + self.process.pid)
         if host != self.host or address in self.wires.listening:
             raise OSError(f"{address} cannot be bound here")
         self.wires.listening[address] = (self, factory)
         return Server(self.wires, address)
 
-    async def create_connection(self, factory: Any, host: Any, port: Any, **_: Any) -> Any:  # type: ignore[override]
+    async def create_connection(self, factory: Any, host: Any, port: Any, **_: Any) -> Any:
         network, here = self.wires.network, self.process.node
         there = int(host.rpartition(".")[2])
         while not network.reachable(here, there):

@@ -18,14 +18,14 @@ from typing import Any
 from unittest.mock import patch
 
 import outlast.cluster.failpoint as failpoint
-import outlast.launch.node  # noqa: F401 (so that every module of the product is loaded)
+import outlast.launch.node
 import outlast.runtime.run  # noqa: F401
 from outlast.checkpoint import memory
 from outlast.cluster.latch import Latch as RealLatch
 from outlast.launch import agent, plain_job, worker_process
 from outlast.launch.event_log import EventLog
 from outlast.launch.link import Link
-from outlast.runtime import collectives, leaf_stack, shard_state, training
+from outlast.runtime import collectives, leaf_stack, run, shard_state, training
 from sim import processes, threads
 from sim.group import Groups
 from sim.network import Network
@@ -117,6 +117,7 @@ def _told(world: World, reach: Callable[..., Any]) -> Iterator[tuple[Any, str, A
 
     yield told(training.Training, "__init__", "prepared")
     yield told(training.Training, "commit", "committed")
+    yield told(run.Run, "log", "logged")
     yield told(training.Training, "enter", "entered")
     yield told(leaf_stack.LeafStack, "push", "leaf")
     yield told(agent.Agent, "_install", "installed")

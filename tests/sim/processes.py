@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from greenlet import GreenletExit
+
 from outlast.cluster.environment import AGENT_FD, LATCH_FD
 from sim.loop import Loop
 from sim.threads import OperatingSystem

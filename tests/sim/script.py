@@ -6,11 +6,12 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from outlast.runtime.determinism import seed_all
 from outlast.runtime.link import Link, SoloLink
 from outlast.runtime.run import Run
 from outlast.runtime.training import Settings, Training
-from torch import Tensor, nn
 
 LEAVES, GRAIN, SEED, SAMPLES = 4, 64, 7, 40
 
@@ -68,7 +69,8 @@ class Data:
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
     """A smooth loss of every parameter, with random numbers in it."""
     out = model(batch)
-    loss: Tensor = (out * out.sin()).mean() + (out.sum(0) - batch.float().mean() / 40).square().mean()
+    aim = batch.float().mean() / 40
+    loss: Tensor = (out * out.sin()).mean() + (out.sum(0) - aim).square().mean()
     return loss
 
 

@@ -42,6 +42,8 @@ class Sound:
 
     def crashed(self, process: Process, error: Any) -> None:
         """A thread or a task ended in an exception."""
+        if isinstance(error, Violation):
+            raise error
         raise Violation(f"S17: {process.name} crashed: {error!r}") from (
             error if isinstance(error, BaseException) else None
         )

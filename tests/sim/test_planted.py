@@ -3,15 +3,16 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
+
 import outlast.checkpoint.ladder as ladder
 import outlast.checkpoint.memory as memory
 import outlast.cluster.detector as detector
 import outlast.cluster.view as view
 import outlast.launch.worker_desk as worker_desk
-import outlast.runtime.recovery as recovery
 import outlast.runtime.run as run
+import outlast.runtime.shard_state as shard_state
 import outlast.runtime.training as training
-import pytest
 from sim.job import Shape
 from sim.script import Redundancy
 from sim.simulation import simulate
@@ -48,15 +49,14 @@ def one_rank_rounds_differently(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_moment_is_not_restored(patch: pytest.MonkeyPatch) -> None:
-    real = recovery._Entry._resume
+    real = shard_state.ShardState.adopt
 
-    def resume(self: Any, decision: Any, reports: Any, half: int) -> int:
-        kept = real(self, decision, reports, half)
-        for values in self.training.state.live("exp_avg") if decision.step else ():
+    def adopt(self: Any, half: int, step: int, owned: Any) -> None:
+        real(self, half, step, owned)
+        for values in self.live("exp_avg") if step else ():
             values.mul_(0.5)
-        return kept
 
-    patch.setattr(recovery._Entry, "_resume", resume)
+    patch.setattr(shard_state.ShardState, "adopt", adopt)
 
 
 def a_step_is_skipped(patch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from greenlet import GreenletExit, getcurrent
+
 from sim.world import EPOCH, Process, Waiters, World
 
 

@@ -42,6 +42,11 @@ class CodeBound:
         """Whether there is a first view."""
         return self._newest is not None
 
+    @property
+    def protected(self) -> bool:
+        """Whether the state was ever protected as a whole."""
+        return self._base is not None
+
     def spoilt(self, agent: str, *, dead: bool) -> None:
         """What this agent keeps is gone for good, or corrupt until it is made again."""
         if dead:

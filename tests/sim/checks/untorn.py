@@ -4,6 +4,7 @@ committed holds the bits of its step, and there is one as soon as there was any.
 from typing import Any
 
 import torch
+
 from outlast.checkpoint.memory import HALVES, checksum
 from sim.script import twin
 from sim.world import Violation
