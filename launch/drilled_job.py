@@ -126,19 +126,9 @@ class DrilledJob:
         return f"the end of {log}:\n" + "\n".join(lines)
 
     @property
-    def generation(self) -> int:
-        """Of the newest view."""
-        return int(self.watch.view["generation"]) if self.watch.view else 0
-
-    @property
-    def members(self) -> list[Member]:
-        """Members of the newest view, the proposer first."""
-        return list(self.watch.view["members"]) if self.watch.view else []
-
-    @property
     def working(self) -> list[Member]:
-        """Those of them whose workers train."""
-        return [m for m in self.members if m["workers"] and not m.get("spare")]
+        """Members of the newest view whose workers train, the first one first."""
+        return [m for m in self.watch.members if m["workers"] and not m.get("spare")]
 
     @property
     def holders(self) -> dict[int, str]:
@@ -147,12 +137,12 @@ class DrilledJob:
 
     def stable(self) -> bool:
         """Whether the newest view has committed enough to stand the next loss."""
-        return len(self.watch.commits.get(self.generation, ())) >= STABLE_COMMITS
+        return len(self.watch.commits.get(self.watch.generation, ())) >= STABLE_COMMITS
 
     def full(self) -> bool:
         """Whether all workers and spares are in the newest view."""
         ranks = self.shape.nodes * self.shape.workers - self.evicted
-        return len(self.holders) >= ranks and len(self.members) == len(self.names)
+        return len(self.holders) >= ranks and len(self.watch.members) == len(self.names)
 
     def await_strength(self, step: int = 0) -> None:
         """Until all are there and stand on their own redundancy, and `step` is committed.
@@ -176,7 +166,7 @@ class DrilledJob:
         """Until an agent (its id) or a worker (its holder) is in the view no more."""
 
         def gone() -> bool:
-            return without not in {m["agent"] for m in self.members} | self.holders.keys()
+            return without not in {m["agent"] for m in self.watch.members} | self.holders.keys()
 
         self.await_that(gone, f"a view without {without}", RETURN_LIMIT_S)
 

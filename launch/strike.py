@@ -109,7 +109,7 @@ class Striker:
         return struck
 
     def _choose(self, order: Order, candidates: list[Member]) -> Member:
-        proposer = self.job.members[0]
+        proposer = self.job.watch.members[0]
         if order.kind == "kill-proposer" and proposer in candidates:
             return proposer
         if self.generator is not None:
@@ -126,7 +126,7 @@ class Striker:
                 return
             if order.within:
                 node = trap.facts["node"]
-                struck.member = next((m for m in job.members if m["node"] == node), {})
+                struck.member = next((m for m in job.watch.members if m["node"] == node), {})
                 hit.add(node)
         node = struck.member.get("node", "")
         workers = job.nodes.workers(node)
@@ -174,13 +174,13 @@ class Striker:
         job = self.job
         keeper = [m for m in job.working if m["node"] != struck.member["node"]][-1]["node"]
         stopped = job.nodes.workers(keeper)
-        generation = job.generation
+        watch, before = job.watch, job.watch.generation
         try:
             for pid in stopped:
                 os.kill(pid, signal.SIGSTOP)
             flip_parity(job.nodes.agents[keeper].pid)
             os.kill(struck.pid, signal.SIGKILL)
-            job.await_that(lambda: job.generation > generation, "the next view", RETURN_LIMIT_S)
+            job.await_that(lambda: watch.generation > before, "the next view", RETURN_LIMIT_S)
         finally:
             for pid in stopped:
                 os.kill(pid, signal.SIGCONT)

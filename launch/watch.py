@@ -27,6 +27,16 @@ class Watch:
         self.step = 0  # how many steps are committed
         self._offsets: dict[Path, int] = {}
 
+    @property
+    def generation(self) -> int:
+        """Of the newest view."""
+        return int(self.view["generation"]) if self.view else 0
+
+    @property
+    def members(self) -> list[Event]:
+        """Of the newest view, the proposer first."""
+        return list(self.view["members"]) if self.view else []
+
     def look(self) -> None:
         """Read what was written since the last look."""
         for log in sorted(self.directory.glob("events-*.jsonl")):
@@ -42,8 +52,7 @@ class Watch:
             self.step = max(self.step, event["step"])
             return
         self.events.append(event)
-        newest = self.view["generation"] if self.view else 0
-        if event["event"] == "view" and event["generation"] > newest:
+        if event["event"] == "view" and event["generation"] > self.generation:
             self.view = event
 
     def until(
