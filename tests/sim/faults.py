@@ -53,7 +53,8 @@ class Faults(Aim):
     def hang_worker(self, process: Process | None) -> bool:
         """SIGSTOP, for a while or for ever."""
         worker = self._worker(process)
-        if worker is None or worker.stopped:
+        # Before it has attached, a worker may be as slow as it likes, for `join_s`.
+        if worker is None or worker.stopped or "training" not in worker.facts:
             return False
         worker.stop()
         if self.random.random() < 0.6:

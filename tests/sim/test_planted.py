@@ -7,12 +7,16 @@ import pytest
 
 import outlast.checkpoint.ladder as ladder
 import outlast.checkpoint.memory as memory
+import outlast.checkpoint.records as records
 import outlast.cluster.detector as detector
 import outlast.cluster.view as view
+import outlast.launch.ending as ending
 import outlast.launch.worker_desk as worker_desk
+import outlast.runtime.link as link
 import outlast.runtime.run as run
 import outlast.runtime.shard_state as shard_state
 import outlast.runtime.training as training
+from outlast.cluster.errors import StateLost
 from sim.job import Shape
 from sim.script import Redundancy
 from sim.simulation import simulate
@@ -51,8 +55,8 @@ def one_rank_rounds_differently(patch: pytest.MonkeyPatch) -> None:
 def a_moment_is_not_restored(patch: pytest.MonkeyPatch) -> None:
     real = shard_state.ShardState.adopt
 
-    def adopt(self: Any, half: int, step: int, owned: Any) -> None:
-        real(self, half, step, owned)
+    def adopt(self: Any, half: int, step: int, *rest: Any) -> None:
+        real(self, half, step, *rest)
         for values in self.live("exp_avg") if step else ():
             values.mul_(0.5)
 
@@ -102,6 +106,49 @@ def nonsense_is_believed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(worker_desk.WorkerDesk, "said", said)
 
 
+def begin_anew_when_all_are_new(patch: pytest.MonkeyPatch) -> None:
+    real = ladder.Ladder.decide
+
+    def decide(self: Any, reports: Any) -> Any:
+        try:
+            return real(self, reports)
+        except StateLost:
+            if not all(report.initial for report in reports):
+                raise
+            holders = [report.holder for report in reports]
+            return ladder.Recovery(0, self.initial(holders), fresh=True)
+
+    patch.setattr(ladder.Ladder, "decide", decide)
+    patch.setattr(link.Generation, "unread_memories", property(lambda self: False))
+
+
+def wait_for_who_is_gone(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ending.Ending, "check", _check_of_old)
+
+
+def _check_of_old(self: Any) -> None:
+    agent = self._agent
+    if agent.view is None or agent.outcome.done() or not agent.crew.settled:
+        return
+    others = [m for m in agent.view.members if m.agent != agent.agent]
+    if all(agent.mesh.members.get(m.agent, m).finished for m in others):
+        agent.end(ending.Outcome(0), broadcast=True)
+
+
+def wait_at_a_barrier_behind_the_others(patch: pytest.MonkeyPatch) -> None:
+    real = records.Report.from_json
+    patch.setattr(
+        records.Report, "from_json", staticmethod(lambda fields: real(fields | {"ended": -1}))
+    )
+
+
+# Bugs that the simulation found, planted again: any checker may be the first to see them.
+MENDED: list[tuple[Plant, tuple[str, ...]]] = [
+    (begin_anew_when_all_are_new, ("kill_worker",)),
+    (wait_for_who_is_gone, ("kill_node", "cut")),
+    (wait_at_a_barrier_behind_the_others, ("kill_worker", "cut")),
+]
+
 PLANTED: list[tuple[str, Plant, tuple[str, ...]]] = [
     ("S1", cursor_one_batch_late, ("slow",)),
     ("S2", one_rank_rounds_differently, ("slow",)),
@@ -129,3 +176,11 @@ def test_a_planted_bug_is_found(
     pytest.fail(f"{invariant} stayed green: {said[:3]}")
 
 
+
+
+@pytest.mark.parametrize(("plant", "kinds"), MENDED, ids=[m[0].__name__ for m in MENDED])
+def test_a_mended_bug_would_be_found(
+    monkeypatch: pytest.MonkeyPatch, plant: Plant, kinds: tuple[str, ...]
+) -> None:
+    plant(monkeypatch)
+    assert next(found(kinds), None) is not None
