@@ -82,7 +82,8 @@ def rounds_table(faults: list[dict[str, Any]]) -> str:
     """p50 / p99 of what a fault cost, per kind and rung."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for fault in faults:
-        rows[fault["kind"], fault.get("rung", "") or "none needed"].append(fault)
+        kind = f"{fault['kind']} ({fault['how']})" if fault["how"] else fault["kind"]
+        rows[kind, fault.get("rung", "") or "none needed"].append(fault)
     cells: list[list[object]] = []
     for (kind, rung), told in sorted(rows.items()):
         detect = [t["phases_ms"]["detect"] for t in told if "fault" in t]

@@ -129,7 +129,8 @@ def unannounced(run: RunRecord, events: Sequence[Event]) -> list[str]:
 
 def told(struck: Struck, run: RunRecord) -> dict[str, Any]:
     """One fault as JSON: what it was, whether it took effect, how the job came back."""
-    entry: dict[str, Any] = {"order": str(struck.order), "kind": struck.order.kind}
+    order = struck.order
+    entry: dict[str, Any] = {"order": str(order), "kind": order.kind, "how": order.how}
     if struck.fault is None:
         return {**entry, "took_effect": False, "passed": False, "why": struck.why}
     outcome = outcome_of(struck, run)
