@@ -29,7 +29,8 @@ class Faults(Aim):
         self._away.add(node)
         if silent:
             self.job.network.dead.add(node)
-        founded = self.bound.founded  # before, the job waits for all its nodes
+        # Before a worker has spoken the job may be a plain one, and waits for all its nodes.
+        founded = any("training" in worker.facts for worker in self.world.processes)
         if self.random.random() < (0.8 if founded else 1.0):
             self._later(0.2 + 6 * self.random.random(), lambda: self._boot(node))
         victims = self.job.workers(node) if silent else []
@@ -156,3 +157,14 @@ class Faults(Aim):
             for line in (b'{"kind": "store", "generation": -1}', b'{"kind": 7}', b"[]"):
                 end.said(line)
         return bool(agents) and self._told("garbage", "to all")
+
+    def poison(self, process: Process | None) -> bool:
+        """A rank computes NaN from now on, among at least three others that do not."""
+        worker = self._worker(process)
+        sound = [w for w in self.job.workers() if "poison" not in w.facts]
+        if worker is None or len(sound) < 4 or len({w.node for w in sound}) < 3:
+            return False
+        if any("poison" in w.facts for w in self.world.processes):
+            return False  # who has gone that way does not come back
+        worker.facts["poison"] = "nan"
+        return self._told("poison", worker.name)

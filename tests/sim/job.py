@@ -37,7 +37,7 @@ class Console:
         self._world = world
 
     def line(self, text: str) -> None:
-        self._world.note("says", text)
+        self._world.note("says", text.partition("; logs in")[0])
 
     def failure(self, text: str, trace: str) -> None:
         self._world.note("failure", text)

@@ -116,7 +116,15 @@ def _told(world: World, reach: Callable[..., Any]) -> Iterator[tuple[Any, str, A
         return owner, method, wrapped
 
     yield told(training.Training, "__init__", "prepared")
-    yield told(training.Training, "commit", "committed")
+    commit = training.Training.commit
+
+    def committed(self: Any) -> None:
+        before = self.committed
+        commit(self)
+        if self.committed != before:  # else somebody computes wrongly: nothing was committed
+            world.tell("committed", world.current, self)
+
+    yield training.Training, "commit", committed
     yield told(run.Run, "log", "logged")
     yield told(training.Training, "enter", "entered")
     yield told(leaf_stack.LeafStack, "push", "leaf")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from outlast.cluster.errors import JobComplete, PeerLost, StateLost
+from outlast.cluster.errors import Diverged, JobComplete, PeerLost, StateLost
 from sim.checks.agreement import Agreement
 from sim.checks.code_bound import CodeBound
 from sim.checks.exactly_once import ExactlyOnce
@@ -52,7 +52,9 @@ class Sound:
         """A script ended in an exception."""
         if isinstance(error, Violation):
             raise error
-        if isinstance(error, StateLost) or (self.wild and isinstance(error, PeerLost)):
+        if isinstance(error, Diverged) and "poison" in process.facts:
+            self.refused, self.wild = str(error), True  # alone, it cannot know better
+        elif isinstance(error, StateLost) or (self.wild and isinstance(error, PeerLost)):
             self.refused = str(error)
         elif not isinstance(error, JobComplete):
             raise Violation(f"L2: {process.name} failed: {error!r}") from error

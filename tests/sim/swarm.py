@@ -26,6 +26,7 @@ class Swarm(Faults):
         every: list[Callable[[Process | None], bool]] = [
             self.kill_worker, self.kill_node, self.hang_worker, self.hang_node, self.partition,
             self.cut, self.slow, self.corrupt_memory, self.corrupt_parity, self.garbage,
+            self.poison,
         ]  # fmt: skip
         drawn = self.random.sample(every, self.random.randint(1, 4))
         self.kinds = [getattr(self, kind) for kind in kinds] or drawn
@@ -46,7 +47,8 @@ class Swarm(Faults):
             self._strike(process)
         elif chance > 0.98 and isinstance(getcurrent(), Strand):
             self.world.pause(0.002 * self.random.random())
-        return {}
+        poison = process.facts.get("poison") if point == "leaf" else None
+        return {"poison": poison} if poison else {}
 
     def _strike(self, process: Process | None) -> None:
         if self.left > 0 and self.job.agents and not self.job.over:

@@ -38,11 +38,6 @@ class CodeBound:
         return len(self.lost()) + more > spare
 
     @property
-    def founded(self) -> bool:
-        """Whether there is a first view."""
-        return self._newest is not None
-
-    @property
     def protected(self) -> bool:
         """Whether the state was ever protected as a whole."""
         return self._base is not None
@@ -59,6 +54,7 @@ class CodeBound:
         self._views[view.generation] = view
         if self._newest is None or view.generation > self._newest.generation:
             self._newest = view
+            self._base = self._base or view  # a lost start can be made again, mostly
 
     def point(self, process: Any, name: str, facts: dict[str, Any]) -> None:
         """Somebody commits: see above."""

@@ -26,7 +26,8 @@ class ExactlyOnce:
     def leaf(self, process: Any, stack: Any, leaf: int, *_: object) -> None:
         """A leaf is finished; a leaf of a step begun anew replaces the old one."""
         holder = process.facts["training"].link.identity.holder
-        self._ledger[holder, stack.step, leaf] = process.facts.pop("read", [])
+        # What was read before is of leaves that were computed only to compare.
+        self._ledger[holder, stack.step, leaf] = process.facts.pop("read", [])[-2:]
 
     def committed(self, process: Any, training: Any) -> None:
         """A step is done on this rank."""
