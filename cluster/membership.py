@@ -61,9 +61,9 @@ class Membership:
             case ev.Connected():
                 self.roster.peers.setdefault(event.agent, Peer()).connected = True
                 self.detector.heard(event.agent, event.now)
-                self._send(self.roster.description(), [event.agent])
                 if self.view is not None and event.agent not in self.view.agents:
-                    self._send_view([event.agent])  # before the beat: then a founder was told
+                    self._send_view([event.agent])  # first: a founder must not count us in
+                self._send(self.roster.description(), [event.agent])
                 self._send(_beat(self.generation), [event.agent])
             case ev.Disconnected():
                 self._gone(event.agent, event.cause)
