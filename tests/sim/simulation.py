@@ -7,6 +7,7 @@ from typing import Any
 from outlast.cluster.errors import Diverged, JobComplete, PeerLost, StateLost
 from sim.checks.agreement import Agreement
 from sim.checks.code_bound import CodeBound
+from sim.checks.contained import Contained
 from sim.checks.exactly_once import ExactlyOnce
 from sim.checks.fencing import Fencing
 from sim.checks.monotonic import Monotonic
@@ -86,8 +87,8 @@ def simulate(
     bound, sound = CodeBound(shape), Sound(reckless if wild is None else wild)
     swarm = Swarm(job, bound, wild=sound.wild, kinds=kinds)
     world.listeners = [
-        job, bound, Monotonic(bound), ExactlyOnce(), Agreement(shape.task), Fencing(), Ownership(),
-        Untorn(shape.task), sound, swarm,
+        job, bound, Monotonic(bound), ExactlyOnce(), Contained(), Agreement(shape.task),
+        Fencing(), Ownership(), Untorn(shape.task), sound, swarm,
     ]  # fmt: skip
     try:
         with simulated(world, job.network, job.shared, swarm.reach):

@@ -8,17 +8,17 @@ import pytest
 import outlast.checkpoint.ladder as ladder
 import outlast.checkpoint.memory as memory
 import outlast.checkpoint.records as records
-import outlast.cluster.detector as detector
 import outlast.cluster.view as view
 import outlast.launch.ending as ending
 import outlast.launch.worker_desk as worker_desk
+import outlast.runtime.jury as jury
 import outlast.runtime.link as link
 import outlast.runtime.run as run
 import outlast.runtime.shard_state as shard_state
 import outlast.runtime.training as training
 from outlast.cluster.errors import StateLost
 from sim.job import Shape
-from sim.script import Redundancy
+from sim.script import Redundancy, twin
 from sim.simulation import simulate
 from sim.world import Violation
 
@@ -95,8 +95,8 @@ def nothing_is_decoded(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ladder, "decodes", lambda *_, **__: [])
 
 
-def silence_is_overheard(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(detector.Detector, "tick", lambda self, now: [])
+def everybody_has_to_agree(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(view.View, "quorum", lambda self, agents: set(self.agents) <= set(agents))
 
 
 def nonsense_is_believed(patch: pytest.MonkeyPatch) -> None:
@@ -149,6 +149,10 @@ MENDED: list[tuple[Plant, tuple[str, ...]]] = [
     (wait_at_a_barrier_behind_the_others, ("kill_worker", "cut")),
 ]
 
+def poison_is_not_looked_for(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(jury.Jury, "clear", lambda *_: True)
+
+
 PLANTED: list[tuple[str, Plant, tuple[str, ...]]] = [
     ("S1", cursor_one_batch_late, ("slow",)),
     ("S2", one_rank_rounds_differently, ("slow",)),
@@ -158,8 +162,9 @@ PLANTED: list[tuple[str, Plant, tuple[str, ...]]] = [
     ("S7", the_marker_comes_first, ("kill_worker",)),
     ("S9", nothing_is_decoded, ("kill_node",)),
     ("S10", a_moment_is_not_restored, ("kill_node",)),
+    ("S12", poison_is_not_looked_for, ("poison",)),
     ("S17", nonsense_is_believed, ("garbage",)),
-    ("L2", silence_is_overheard, ("kill_node",)),
+    ("L2", everybody_has_to_agree, ("kill_node",)),
 ]
 
 
@@ -167,6 +172,7 @@ PLANTED: list[tuple[str, Plant, tuple[str, ...]]] = [
 def test_a_planted_bug_is_found(
     monkeypatch: pytest.MonkeyPatch, invariant: str, plant: Plant, kinds: tuple[str, ...]
 ) -> None:
+    twin(SHARDED.task)  # what is right is known before
     plant(monkeypatch)
     said = []
     for text in found(kinds, wild=invariant == "S4"):
@@ -182,5 +188,6 @@ def test_a_planted_bug_is_found(
 def test_a_mended_bug_would_be_found(
     monkeypatch: pytest.MonkeyPatch, plant: Plant, kinds: tuple[str, ...]
 ) -> None:
+    twin(SHARDED.task)  # what is right is known before
     plant(monkeypatch)
     assert next(found(kinds), None) is not None
