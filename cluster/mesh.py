@@ -23,7 +23,7 @@ from outlast.cluster.roster import Address, Seats
 from outlast.cluster.timing import Timing
 from outlast.cluster.view import Member, View, field
 
-UNDELIVERED_MAX = 1024
+SAID_MAX = 8192  # messages of a generation that a link made anew repeats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ class Mesh:
         self._events: deque[ev.Event] = deque()
         self._endpoints = Endpoints(job.endpoints, timing)
         self._busy = False
-        self._undelivered: dict[str, deque[dict[str, Any]]] = {}
+        self._said: deque[dict[str, Any]] = deque(maxlen=SAID_MAX)
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -129,10 +129,10 @@ class Mesh:
         """Send a message to every other member of the view, queued while its link is down."""
         generation, view = self._machine.generation, self._machine.view
         said = {"kind": "said", "generation": generation, "message": message}
+        self._said.append(said)
         for agent in view.agents if view else ():
-            if agent != self.me.agent and not self._links.send(agent, said):
-                queue = self._undelivered.setdefault(agent, deque(maxlen=UNDELIVERED_MAX))
-                queue.append(said)
+            if agent != self.me.agent:
+                self._links.send(agent, said)
 
     async def stop(self) -> None:
         """Say goodbye, close every connection and the listening socket."""
@@ -149,7 +149,8 @@ class Mesh:
         """See `Owner`."""
         self._endpoints.linked(dialled, agent, time.monotonic())
         self._handle(ev.Connected(time.monotonic(), agent))
-        for said in self._undelivered.pop(agent, ()):
+        # What was on a link that broke is gone, so everything is said again: it does no harm twice.
+        for said in self._said if self.view and agent in self.view.agents else ():
             self._links.send(agent, said)
 
     def disconnected(self, agent: str, cause: str) -> None:
@@ -220,8 +221,8 @@ class Mesh:
             case ev.Dial(host, port):
                 self._links.dial((host, port))
             case ev.Install(view, proposer, detected):
-                agents = set(view.agents)
-                self._undelivered = {a: q for a, q in self._undelivered.items() if a in agents}
+                newer = [said for said in self._said if said["generation"] >= view.generation - 1]
+                self._said = deque(newer, maxlen=SAID_MAX)
                 tell.on_install(view, wall - (time.monotonic() - detected), wall, proposer)
             case ev.Running(view):
                 tell.on_running(view)
