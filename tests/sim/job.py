@@ -55,6 +55,7 @@ class Job:
         self.agents: dict[int, Process] = {}
         self.ends: dict[int, int] = {}
         self.digests: dict[str, str] = {}
+        self._newest = 0  # generation
         self._directory = tempfile.TemporaryDirectory(dir="/dev/shm")
         self.log_dir = Path(self._directory.name)
 
@@ -106,15 +107,21 @@ class Job:
 
     @property
     def over(self) -> bool:
-        """Every agent has ended, but for those that came when the job was over."""
+        """Every agent has ended, but for those that came when the job was over, and those that
+        were cut off while it ended: they wait for `join_s`."""
         agents = [p.facts.get("as agent") for p in self.agents.values() if p.alive]
         if 0 in self.ends.values():
-            return all(agent is None or agent.view is None for agent in agents)
+            views = [agent.view for agent in agents if agent is not None]
+            return all(view is None or view.generation < self._newest for view in views)
         return not agents and bool(self.agents) and len(self.agents) == self.shape.nodes
 
     def born(self, process: Process, agent: Any, *_: object) -> None:
         """An agent begins, or begins anew after it was evicted."""
         process.facts["as agent"] = agent
+
+    def installed(self, process: Process, agent: Any, view: Any, *_: object) -> None:
+        """An agent is in a view."""
+        self._newest = max(self._newest, view.generation)
 
     # ---- workers
 

@@ -115,6 +115,15 @@ def _told(world: World, reach: Callable[..., Any]) -> Iterator[tuple[Any, str, A
 
         return owner, method, wrapped
 
+    publish = shard_state.ShardState.publish
+
+    def publishing(self: Any, *args: Any) -> None:
+        facts = world.current.facts
+        facts["publishing"] = True
+        publish(self, *args)
+        facts["publishing"] = False
+
+    yield shard_state.ShardState, "publish", publishing
     yield told(training.Training, "__init__", "prepared")
     commit = training.Training.commit
 

@@ -16,6 +16,7 @@ class Untorn:
     def __init__(self, task: Any) -> None:
         self._truth = twin(task)
         self._stored: dict[Any, int] = {}
+        self._publishing = False
 
     def entered(self, process: Any, training: Any, *_: object) -> None:
         """From here on the worker has state."""
@@ -27,6 +28,7 @@ class Untorn:
 
     def exited(self, process: Any) -> None:
         """A worker is dead."""
+        self._publishing = process.facts.get("publishing", False)
         if process in self._stored and not process.facts.get("corrupt"):
             self.read(process.name, process.facts["training"].state.memory, self._stored[process])
 
@@ -43,6 +45,8 @@ class Untorn:
                 data = memory.parity.array(half, unit.offset + unit.length)[unit.offset :]
                 if checksum(data) != unit.checksum:
                     raise Violation(f"S7: parity of {name} is torn")
+        if self._publishing or not stored:
+            return  # the one half is being published again; the start can be made again
         if not steps or max(steps) < stored:
             raise Violation(f"S7: {name} had step {stored} and left {steps}")
 
