@@ -25,6 +25,7 @@ class MetricsLog:
         self._records: dict[int, bytes] = {}
         self._newest = -1
         self.founding = False
+        self._found = -1  # bytes that the file of an earlier run had when the job was founded
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """Keep the values of a committed step; the first report of a step counts."""
@@ -40,8 +41,10 @@ class MetricsLog:
         """Append what the file lacks; called by the agent of the first member only.
 
         The founder of a job may find the file of an earlier run: a run that goes on behind it
-        appends, one that starts over sets it aside.
+        appends, one that starts over sets it aside. A file that has grown since is the job's own.
         """
+        if self.founding and self._found < 0:
+            self._found = self._path.stat().st_size if self._path.exists() else 0
         if not self._records:
             return
         file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -50,7 +53,8 @@ class MetricsLog:
             # records are kept and the next step brings them.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             last, end = _last_step(file)
-            if self.founding and next(iter(self._records)) <= last:
+            first = next(iter(self._records))
+            if self.founding and first <= last and os.fstat(file).st_size == self._found:
                 self._path.rename(self._path.with_suffix(f".{time.time_ns()}.jsonl"))
                 return
             os.ftruncate(file, end)
