@@ -30,8 +30,10 @@ class Faults(Aim):
         if silent:
             self.job.network.dead.add(node)
         # Before a worker has spoken the job may be a plain one, and waits for all its nodes.
-        founded = any("training" in worker.facts for worker in self.world.processes)
+        trained = [w.facts["training"] for w in self.world.processes if "training" in w.facts]
+        founded = any(training.gathered >= 0 for training in trained)
         if self.random.random() < (0.8 if founded else 1.0):
+            self.job.booting += 1
             self._later(0.2 + 6 * self.random.random(), lambda: self._boot(node))
         victims = self.job.workers(node) if silent else []
         for victim in [v for v in victims if v is not process]:
@@ -43,6 +45,7 @@ class Faults(Aim):
 
     def _boot(self, node: int) -> None:
         self._away.discard(node)
+        self.job.booting -= 1
         if not self.job.over:
             self.job.boot(node)
 

@@ -55,6 +55,7 @@ class Job:
         self.agents: dict[int, Process] = {}
         self.ends: dict[int, int] = {}
         self.digests: dict[str, str] = {}
+        self.booting = 0  # machines that are about to come up again
         self._newest = 0  # generation
         self._directory = tempfile.TemporaryDirectory(dir="/dev/shm")
         self.log_dir = Path(self._directory.name)
@@ -113,7 +114,7 @@ class Job:
         if 0 in self.ends.values():
             views = [agent.view for agent in agents if agent is not None]
             return all(view is None or view.generation < self._newest for view in views)
-        return not agents and bool(self.agents) and len(self.agents) == self.shape.nodes
+        return not agents and not self.booting and len(self.agents) == self.shape.nodes
 
     def born(self, process: Process, agent: Any, *_: object) -> None:
         """An agent begins, or begins anew after it was evicted."""
