@@ -9,7 +9,7 @@ from outlast.checkpoint.records import ParityRecord, Protection, StateShape
 from outlast.checkpoint.stream import stream_bytes, stream_roles
 from outlast.layout.layout import Layout
 from outlast.layout.run import Run, intersect
-from outlast.layout.stripe import ALIGN, Piece, Stripe, parity_bytes, stripes
+from outlast.layout.stripe import ALIGN, Piece, Stripe, parity_bytes, rack_of, stripes
 
 
 def record_stripes(shape: StateShape, record: ParityRecord) -> tuple[Stripe, ...]:
@@ -48,18 +48,13 @@ def _mirrors(
     index = len(coded)
     for holder in layout.holders if edges else ():
         near = [other for other in layout.holders if domains[other] != domains[holder]]
-        far = [other for other in near if _rack(domains[other]) != _rack(domains[holder])]
+        far = [other for other in near if rack_of(domains[other]) != rack_of(domains[holder])]
         for piece in _pieces(shape, layout, holder, edges):
             length = -(-(piece.stop - piece.start) // ALIGN) * ALIGN
             mirror = min(far or near, key=load.__getitem__)
             load[mirror] += length
             yield Stripe(index, (piece,), (mirror,), length)
             index += 1
-
-
-def _rack(domain: str) -> str:
-    """What stands before the node; the same for all where no racks are known."""
-    return domain.rpartition("/")[0]
 
 
 def _pieces(

@@ -87,14 +87,6 @@ class Plan:
         """Elements that `holder` receives."""
         return self._totals[1][self._index[holder]] if holder in self._index else 0
 
-    def moves_from(self, holder: int) -> list[Move]:
-        """The moves that `holder` sends, in the plan's order."""
-        return list(self._moves(np.flatnonzero(self.source == self._index.get(holder, -1))))
-
-    def moves_to(self, holder: int) -> list[Move]:
-        """The moves that `holder` receives, in the plan's order."""
-        return list(self._moves(np.flatnonzero(self.rows.owner == self._index.get(holder, -1))))
-
     @cached_property
     def missing(self) -> tuple[tuple[int, tuple[Run, ...]], ...]:
         """(holder, runs) of what a receiver lacks and no live holder has."""

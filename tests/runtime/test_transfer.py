@@ -109,7 +109,7 @@ def test_every_rank_gets_what_it_lacks(
 def test_planted_outputs_that_come_late_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the last round rebuilt is forgotten."""
     monkeypatch.setattr(module, "chain", lambda rounds, _: rounds)
-    with pytest.raises(AssertionError, match="lacks|wrong"):
+    with pytest.raises(AssertionError, match=r"lacks|wrong"):
         recover(harmed(2, ("node0", "node3"), False), 2048, 256)
 
 
