@@ -47,6 +47,7 @@ class Membership:
         self._me = me.agent
         self._changed: float | None = None  # since when the view and the facts differ
         self._beat: float | None = None
+        self._untold = False  # that a job runs without this agent
         self._patience = Patience()
         self._out: list[ev.Action] = []
 
@@ -176,6 +177,10 @@ class Membership:
         while not self.over:
             agreement = self.agreement
             if agreement is None:
+                # Told once a member has described itself: only that says what kind of job it is.
+                if self._untold and self.view and self.roster.described(self.view):
+                    self._untold = False
+                    self._out.append(ev.Running(self.view))
                 first = () if self.view else self.founding.first_members(self.roster, now)
                 if not first:
                     return
@@ -236,8 +241,7 @@ class Membership:
             self.over = True
             self._out.append(ev.Evicted(view))
         else:
-            if before is None:
-                self._out.append(ev.Running(view))
+            self._untold |= before is None
             self._out += _dials(self.roster.missing(view.members))
 
     def _send_view(self, agents: Iterable[str]) -> None:

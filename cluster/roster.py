@@ -81,6 +81,10 @@ class Roster:
             if view is None or agent not in view.agents:
                 del self.peers[agent]
 
+    def described(self, view: View) -> bool:
+        """Whether any member of the view has said what it is."""
+        return any(agent in view.agents and peer.member for agent, peer in self.peers.items())
+
     def finished(self, agent: str) -> bool:
         """Whether this agent's work is done, so that its absence is no loss."""
         peer = self.peers.get(agent)

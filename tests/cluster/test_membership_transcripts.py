@@ -3,7 +3,7 @@
 A transcript is a text file: `agent NAME founder|follower MIN MAX [SPARES]`, then events (`> ...`),
 each followed by the actions it causes (`< ...`). Members are named by letters, `name*workers` if
 those are not one, spares in brackets. To write the actions anew after a deliberate change:
-`python tests/cluster/test_membership_transcripts.py`, then read the difference.
+`PYTHONPATH=tests python tests/cluster/test_membership_transcripts.py`, then read the difference.
 """
 
 import json
