@@ -94,7 +94,7 @@ def train_outlast(args: argparse.Namespace) -> None:
     phases.install()
     if args.worker == "bare":
         ShardState.update = _in_place  # type: ignore[method-assign]
-        ShardState.commit = lambda self, step, *_: setattr(self, "step", step)  # type: ignore
+        ShardState.commit = lambda self, record: setattr(self, "step", record.step)  # type: ignore
     run = outlast.init(seed=0, leaves=LEAVES)
     plain, windows = network(args)
     parameters = sum(p.numel() for p in plain.parameters())
