@@ -81,13 +81,13 @@ def one_job(config: DrillConfig, twin: Path) -> dict[str, Any]:
 def rounds_table(faults: list[dict[str, Any]]) -> str:
     """p50 / p99 of what a fault cost, per kind and rung."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for fault in faults:
+    for fault in (fault for fault in faults if "fault" in fault):
         kind = f"{fault['kind']} ({fault['how']})" if fault["how"] else fault["kind"]
         rows[kind, fault.get("rung", "") or "none needed"].append(fault)
     cells: list[list[object]] = []
     for (kind, rung), told in sorted(rows.items()):
-        detect = [t["phases_ms"]["detect"] for t in told if "fault" in t]
-        whole = [sum(t["phases_ms"].values()) for t in told if "fault" in t]
+        detect = [t["phases_ms"]["detect"] for t in told]
+        whole = [sum(t["phases_ms"].values()) for t in told]
         commit = [t["to_commit_ms"] for t in told if t.get("to_commit_ms") is not None]
         passed = sum(t["passed"] for t in told)
         cells.append([kind, rung, f"{passed} of {len(told)}", *map(_both, (detect, whole, commit))])
@@ -146,9 +146,11 @@ def main() -> None:
             found["rounds"] = run_rounds(args, out / "rounds")
             faults, jobs = found["rounds"]["faults"], found["rounds"]["jobs"]
             print(rounds_table(faults))
-            passed = sum(fault["passed"] for fault in faults)
-            kept = sum(job["passed"] for job in jobs)
-            print(f"\n{passed} of {len(faults)} faults took effect and were recovered from; "
+            run = [fault for fault in faults if "fault" in fault]
+            passed = sum(fault["passed"] for fault in run)
+            kept = sum(not any(job["violations"].values()) for job in jobs)
+            print(f"\n{passed} of {len(run)} faults took effect and were recovered from, "
+                  f"{len(faults) - len(run)} were not run; "
                   f"{kept} of {len(jobs)} jobs kept every promise, bits included\n")  # fmt: skip
         if "ratio" in args.parts:
             found["ratio"] = [run_ratio(args, s, out / f"mtbf{s:g}") for s in args.mtbf]
