@@ -186,6 +186,7 @@ def prepare(run: outlast.Run, args: argparse.Namespace) -> tuple[nn.Module, int]
         zero=args.zero,
         parity=args.parity,
         group=args.group,
+        spot_check=args.spot_check,
         clip=args.clip or None,
         schedule=schedule(args.warmup, args.steps),
         dtype=torch.bfloat16 if args.dtype == "bf16" else None,
