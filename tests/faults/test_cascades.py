@@ -7,26 +7,30 @@ survivors have to end in the bits of an undisturbed run, with every step committ
 The short tests take each phase once, with victims and kinds in turn; the long ones enumerate.
 """
 
+import os
+import re
+import signal
 import sys
-from contextlib import ExitStack, closing
-from functools import partial
+from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
-from pretended_cluster import Cluster, Hand
-from training_job import alone
+from training_job import SCRIPT, WAIT_S, alone
 
 from outlast.cluster.failpoint import AGENT, RECOVERY
 from outlast.launch import namespaces
+from outlast.launch.drill import traps
+from outlast.launch.drilled_job import DrilledJob, Shape
 from outlast.launch.namespaces import Namespaces
+from outlast.launch.trap import Trap
 
-NODES = ["node0", "node1", "node2", "node3"]
 VICTIMS = {"proposer": "node0", "peer": "node1", "worker": "node1"}
-SCRIPT = ("--pause", "0.08", "--steps", "24", "--parity", "2")
+FLAGS = ("--pause", "0.08", "--steps", "24", "--parity", "2")
+SHAPE = Shape(nodes=4, workers=1, script=(SCRIPT, *FLAGS))
 PHASES = (*AGENT, *RECOVERY)
 CASES = [
     (phase, victim, kind)
@@ -37,50 +41,91 @@ SHORT = [CASES[8 * index + 3 * index % 8] for index in range(len(PHASES))]
 
 
 def cascade(directory: Path, phase: str, victim: str, kind: str) -> None:
-    node, worker_only = VICTIMS[victim], victim == "worker"
+    node = VICTIMS[victim]
     with ExitStack() as stack:
-        network = stack.enter_context(Namespaces(NODES)) if kind == "partition" else None
-        cluster = stack.enter_context(Cluster(directory, NODES, network, *SCRIPT))
-        cluster.points = phase
-        at = "" if phase in AGENT else node
-        strike = partial(cluster.strike, kind, node, worker_only)
-        hand = stack.enter_context(closing(Hand(cluster.socket, phase, at, strike)))
-        cluster.start()
-        cluster.wait(lambda: 3 in cluster.steps, "step 3")
-        before = cluster.events("view")[-1]["generation"]
-        hand.ready.set()
-        cluster.strike("kill", "node3", worker_only=True)
-        cluster.wait(hand.done.is_set, f"{node} in phase {phase}")
-        cluster.wait(lambda: without(cluster, node, before), f"view without {node}")
-        cluster.wait(lambda: resumed(cluster, without(cluster, node, before)), "step after it")
-        cluster.heal(kind, node)
-        sound = [one for one in NODES if one != node]
-        assert cluster.end(sound) == dict.fromkeys(sound, 0), cluster.shown()
-        found = {one: set(cluster.digests(one)) for one in sound}
-        assert set().union(*found.values()) == {alone("--steps", "24")}, cluster.shown()
+        network = stack.enter_context(Namespaces(SHAPE.names)) if kind == "partition" else None
+        armed = stack.enter_context(traps(frozenset({phase})))
+        job = stack.enter_context(DrilledJob(directory / "job", SHAPE, armed, network))
+        job.excused.add(node)
+        wait(job, lambda: job.watch.step >= 3, "step 3")
+        before, gone = job.watch.generation, holders(job, node)
+        trap = armed.set(Trap(phase, lambda facts: phase in AGENT or facts["node"] == node))
+        os.kill(job.nodes.workers("node3")[0], signal.SIGKILL)
+        wait(job, trap.sprung.is_set, f"{node} in phase {phase}")
+        strike(job, kind, node, victim == "worker")
+        trap.release()
+        wait(job, lambda: without(job, gone, before), f"a view without {node}")
+        wait(job, lambda: resumed(job, without(job, gone, before)), "a step after it")
+        job.over_is_news = False
+        heal(job, kind, node)
+        sound = [one for one in SHAPE.names if one != node]
+        wait(job, lambda: None not in codes(job, sound).values(), "the end")
+        assert codes(job, sound) == dict.fromkeys(sound, 0)
+        job.watch.look()
+        found = {one: digests(job, one) for one in sound}
+        assert set().union(*found.values()) == {alone("--steps", "24")}
         assert found["node2"], "a worker that was killed may be back too late; this one never left"
-        assert cluster.steps == list(range(1, 25))
+        assert [line["step"] for line in job.watch.metrics] == list(range(1, 25))
 
 
-def without(cluster: Cluster, node: str, before: int) -> int:
-    """The first generation after the fault that has no worker of `node` from before; 0 if none."""
-    views = cluster.events("view")
-    old = next(view for view in views if view["generation"] == before)
-    gone = {holder for m in old["members"] if m["node"] == node for holder in m["workers"]}
+def wait(job: DrilledJob, condition: Callable[[], object], what: str) -> None:
+    job.await_that(lambda: bool(condition()), what, WAIT_S)
+
+
+def strike(job: DrilledJob, kind: str, node: str, worker_only: bool) -> None:
+    """Kill, hang or partition a node or its worker."""
+    number = signal.SIGKILL if kind == "kill" else signal.SIGSTOP
+    if kind == "partition":
+        assert job.network is not None
+        job.network.cut([node])
+    elif worker_only:
+        os.kill(job.nodes.workers(node)[0], number)
+    elif kind == "kill":
+        job.nodes.kill_node(node)
+    else:
+        job.nodes.signal_node(node, number)
+
+
+def heal(job: DrilledJob, kind: str, node: str) -> None:
+    """Undo what can be undone."""
+    if kind == "partition":
+        assert job.network is not None
+        job.network.heal([node])
+    elif kind == "hang":
+        job.nodes.signal_node(node, signal.SIGCONT)
+
+
+def holders(job: DrilledJob, node: str) -> set[int]:
+    return {holder for holder, where in job.holders.items() if where == node}
+
+
+def codes(job: DrilledJob, nodes: list[str]) -> dict[str, int | None]:
+    return {node: job.nodes.exit_codes()[node] for node in nodes}
+
+
+def digests(job: DrilledJob, node: str) -> set[str]:
+    """Digests that workers of a node printed."""
+    printed = (job.nodes.output / f"{node}.log").read_text(errors="replace")
+    return set(re.findall(r"digest ([0-9a-f]{64})", printed))
+
+
+def without(job: DrilledJob, gone: set[int], before: int) -> int:
+    """The first generation after the fault that has none of the workers `gone`; 0 if none."""
     later = [
-        view["generation"]
-        for view in views
-        if view["generation"] > before
-        and not gone & {holder for m in view["members"] for holder in m["workers"]}
-    ]
+        event["generation"]
+        for event in job.watch.events
+        if event["event"] == "view" and event["generation"] > before
+        and not gone & {holder for m in event["members"] for holder in m["workers"]}
+    ]  # fmt: skip
     return min(later, default=0)
 
 
-def resumed(cluster: Cluster, generation: int) -> bool:
+def resumed(job: DrilledJob, generation: int) -> bool:
     """Whether the node that no fault touches has committed a step since."""
     return any(
-        event["generation"] >= generation and event["node"] == "node2"
-        for event in cluster.events("resumed")
+        (event["event"], event["node"]) == ("resumed", "node2")
+        and event["generation"] >= generation
+        for event in job.watch.events
     )
 
 

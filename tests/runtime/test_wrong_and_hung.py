@@ -1,12 +1,9 @@
 """Ranks that live and must go, for wrong gradients and endless loops; slow ones, which may stay."""
 
-import json
-import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,37 +11,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from training_job import ENVIRONMENT, TrainingJob, alone
 
 from outlast.cluster.timing import Timing
+from outlast.launch.trap import Facts, Trap, Traps
 
 STEPS = 7
 SCRIPT = ("--pause", "0.05", "--spot-check", "1")
-Facts = dict[str, Any]
-
-
-class Poisoner:
-    """Answers the failpoint `leaf` of all processes of a job."""
-
-    def __init__(self, path: Path, answer: Callable[[Facts], str | None]) -> None:
-        self.environment = {**ENVIRONMENT, "OUTLAST_DRILL": f"{path}:leaf"}
-        self.count = 0
-        self._answer = answer
-        self._server = socket.socket(socket.AF_UNIX)
-        self._server.bind(str(path))
-        self._server.listen(64)
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                line, _ = self._server.accept()
-            except OSError:
-                return
-            with line:
-                how = self._answer(json.loads(line.makefile("rb").readline()))
-                self.count += how is not None
-                line.sendall(json.dumps({"poison": how} if how else {}).encode() + b"\n")
-
-    def close(self) -> None:
-        self._server.close()
 
 
 Run = Callable[..., TrainingJob]
@@ -52,29 +22,26 @@ Run = Callable[..., TrainingJob]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
-    """Start a job whose leaves are poisoned as the function says."""
-    made: list[Any] = []
+    """Start a job in which leaves with the given facts are poisoned `how`, as long as it lasts."""
+    with ExitStack() as stack:
 
-    def start(
-        nodes: int, per_node: int, *script: str, launch: tuple[str, ...] = (),
-        poison: Callable[[Facts], str | None] = lambda facts: None,
-    ) -> TrainingJob:  # fmt: skip
-        poisoner = Poisoner(tmp_path / "drill", poison)
-        shape = ["--standalone", "--nnodes", str(nodes), "--nproc-per-node", str(per_node)]
-        job = TrainingJob(
-            tmp_path / "job", [*shape, *launch], list(script), poisoner.environment
-        )
-        made.extend((poisoner, job))
-        job.poisoner = poisoner  # type: ignore[attr-defined]
-        return job
+        def start(
+            nodes: int, per_node: int, *script: str, launch: tuple[str, ...] = (),
+            how: str = "", bad: Callable[[Facts], bool] = lambda facts: False,
+        ) -> TrainingJob:  # fmt: skip
+            traps = stack.enter_context(Traps(tmp_path / "drill", frozenset({"leaf"})))
+            traps.set(Trap("leaf", bad, {"poison": how}, lasting=True))
+            shape = ["--standalone", "--nnodes", str(nodes), "--nproc-per-node", str(per_node)]
+            environment = {**ENVIRONMENT, **traps.environment}
+            job = TrainingJob(tmp_path / "job", [*shape, *launch], list(script), environment)
+            stack.callback(job.stop)
+            return job
 
-    yield start
-    for thing in reversed(made):
-        (thing.stop if isinstance(thing, TrainingJob) else thing.close)()
+        yield start
 
 
-def bad_node(how: str, steps: range = range(3, 99), node: str = "node1") -> Any:
-    return lambda facts: how if facts["node"] == node and facts["step"] in steps else None
+def on_node1(steps: range = range(3, 99)) -> Callable[[Facts], bool]:
+    return lambda facts: facts["node"] == "node1" and facts["step"] in steps
 
 
 def check_same(job: TrainingJob, ranks: int) -> None:
@@ -85,7 +52,7 @@ def check_same(job: TrainingJob, ranks: int) -> None:
 
 @pytest.mark.parametrize("how", ["nan", "scale", "flip"])
 def test_a_rank_that_computes_wrong_is_evicted_and_nothing_of_it_stays(run: Run, how: str) -> None:
-    job = run(3, 1, *SCRIPT, poison=bad_node(how))
+    job = run(3, 1, *SCRIPT, how=how, bad=on_node1())
     check_same(job, 2)
     told = job.events("poisoned")
     assert {(e["peer_node"], e["action"]) for e in told} == {("node1", "evicted")}
@@ -97,21 +64,22 @@ def test_a_rank_that_computes_wrong_is_evicted_and_nothing_of_it_stays(run: Run,
 
 
 def test_planted_without_a_check_a_flipped_sign_becomes_the_model(run: Run) -> None:
-    job = run(3, 1, poison=bad_node("flip", range(3, 4)))
+    job = run(3, 1, how="flip", bad=on_node1(range(3, 4)))
     assert job.end() == 0, job.output
     assert set(job.digests) != {alone()}
     assert not job.events("poisoned")
 
 
 def test_where_nobody_is_evicted_others_compute_the_leaf(run: Run) -> None:
-    job = run(3, 1, *SCRIPT, launch=("--poison", "report"), poison=bad_node("nan", range(2, 5)))
+    launch = ("--poison", "report")
+    job = run(3, 1, *SCRIPT, launch=launch, how="nan", bad=on_node1(range(2, 5)))
     check_same(job, 3)
     assert {e["action"] for e in job.events("poisoned")} == {"replaced"}
     assert not job.events("worker_lost")
 
 
 def test_a_rank_whose_state_nobody_else_has_is_not_evicted(run: Run) -> None:
-    job = run(2, 1, *SCRIPT, "--parity", "0", poison=bad_node("nan", range(3, 4)))
+    job = run(2, 1, *SCRIPT, "--parity", "0", how="nan", bad=on_node1(range(3, 4)))
     check_same(job, 2)
     assert {e["action"] for e in job.events("poisoned")} == {"replaced"}
 
@@ -119,18 +87,18 @@ def test_a_rank_whose_state_nobody_else_has_is_not_evicted(run: Run) -> None:
 def test_two_ranks_of_one_node_are_told_apart(run: Run) -> None:
     holders: list[int] = []
 
-    def poison(facts: Facts) -> str | None:
+    def bad(facts: Facts) -> bool:
         if facts["step"] == 3 and facts["node"] == "node0" and not holders:
             holders.append(facts["holder"])
-        return "scale" if facts["holder"] in holders else None
+        return facts["holder"] in holders
 
-    job = run(2, 2, *SCRIPT, poison=poison)
+    job = run(2, 2, *SCRIPT, how="scale", bad=bad)
     check_same(job, 3)
     assert {e["holder"] for e in job.events("worker_lost")} == set(holders)
 
 
 def test_a_model_that_diverges_says_so_and_blames_nobody(run: Run) -> None:
-    job = run(3, 1, *SCRIPT, poison=lambda facts: "nan" if facts["step"] == 3 else None)
+    job = run(3, 1, *SCRIPT, how="nan", bad=lambda facts: facts["step"] == 3)
     assert job.end() == 1
     assert "Diverged: step 3, leaf" in job.output
     assert "not finite on every rank that computed it" in job.output
