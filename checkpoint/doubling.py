@@ -29,7 +29,16 @@ def double(values: Any, scratch: Any) -> None:
 
 
 def combine(rows: Rows, inputs: list[Any], outputs: list[Any], scratch: Any) -> None:
-    """outputs[i] = sum over j of rows[i][j] * inputs[j]; arrays of int8, all of one length."""
+    """outputs[i] = sum over j of rows[i][j] * inputs[j]; arrays of int8, all of one length, in
+    blocks of the length of `scratch`, so that an output and its scratch stay in a cache."""
+    for start in range(0, len(outputs[0]), max(1, len(scratch))):
+        data, results = (
+            [unit[start : start + len(scratch)] for unit in units] for units in (inputs, outputs)
+        )
+        _combine(rows, data, results, scratch[: len(results[0])])
+
+
+def _combine(rows: Rows, inputs: list[Any], outputs: list[Any], scratch: Any) -> None:
     for row, total in zip(rows, outputs, strict=True):
         empty = True
         for bit in reversed(range(max(row, default=0).bit_length())):

@@ -69,14 +69,8 @@ def portable() -> Backend:
 
 
 def _combine_blocks(rows: Rows, inputs: Sequence[Bytes], outputs: Sequence[Bytes]) -> None:
-    size = outputs[0].size
-    scratch = np.empty(min(size, _BLOCK), np.int8)
-    for start in range(0, size, _BLOCK):
-        stop = min(start + _BLOCK, size)
-        data, results = (
-            [unit[start:stop].view(np.int8) for unit in units] for units in (inputs, outputs)
-        )
-        doubling.combine(rows, data, results, scratch[: stop - start])
+    data, results = ([unit.view(np.int8) for unit in units] for units in (inputs, outputs))
+    doubling.combine(rows, data, results, np.empty(min(outputs[0].size, _BLOCK), np.int8))
 
 
 def _candidates() -> Iterator[Backend]:

@@ -21,11 +21,6 @@ class DeviceCode(Code):
     """`Code` for one-dimensional uint8 tensors that all lie on one device."""
 
     def _combine(self, rows: Rows, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        size = len(outputs[0])
-        scratch = torch.empty(min(size, _BLOCK), dtype=torch.int8, device=outputs[0].device)
-        for start in range(0, size, _BLOCK):
-            stop = min(start + _BLOCK, size)
-            data, results = (
-                [unit[start:stop].view(torch.int8) for unit in units] for units in (inputs, outputs)
-            )
-            doubling.combine(rows, data, results, scratch[: stop - start])
+        data, results = ([unit.view(torch.int8) for unit in units] for units in (inputs, outputs))
+        scratch = torch.empty_like(results[0][:_BLOCK])
+        doubling.combine(rows, data, results, scratch)
