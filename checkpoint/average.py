@@ -104,6 +104,11 @@ class Averager:
         self.alone: list[Run] = []  # lost, without a neighbour
         self.adjacent: list[Run] = []  # lost together with a neighbour
         self.weights: dict[int, tuple[float, float]] = {}  # unit -> of the unit before and after
+        self._links = {  # unit -> the units before and after it
+            index: (chain[at - 1] if at else None, chain[at + 1] if at + 1 < len(chain) else None)
+            for chain in chains(space)
+            for at, index in enumerate(chain)
+        }
         self.fills = tuple(
             fill for dst in sorted(lost) for run in lost[dst] for fill in self._fills(dst, run)
         )
@@ -129,19 +134,14 @@ class Averager:
         )
 
     def _fills(self, dst: int, run: Run) -> Iterator[Fill]:
-        links = {
-            index: (chain[at - 1] if at else None, chain[at + 1] if at + 1 < len(chain) else None)
-            for chain in chains(self._space)
-            for at, index in enumerate(chain)
-        }
         for index, unit in enumerate(self._space.units):
             for part in _plain(intersect([run], [Run.of(unit.start, unit.stop)][: unit.numel])):
-                if index not in links:
+                if index not in self._links:
                     self.alone.append(part)
                     continue
-                first, second = shares(self._kind, self._norms, *links[index])
+                first, second = shares(self._kind, self._norms, *self._links[index])
                 self.weights[index] = (first, second)
-                near = zip(links[index], (first, second), strict=True)
+                near = zip(self._links[index], (first, second), strict=True)
                 sides = [
                     (self._space.units[n].start - unit.start, w) for n, w in near if n is not None
                 ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TypeVar
 
+from outlast.checkpoint.average import Fill
 from outlast.checkpoint.decode import Decode, windows
 from outlast.checkpoint.ladder import Recovery, Transfer
 from outlast.checkpoint.records import StateShape
@@ -61,6 +62,18 @@ def batches(
     )
     for some_moves, some_decodes in rounds:
         yield Batch(some_moves, some_decodes)
+
+
+def fillings(
+    fills: Iterable[Fill], shape: StateShape, round_bytes: int = ROUND_BYTES
+) -> Iterator[tuple[Fill, ...]]:
+    """The rounds in which what is lost is averaged, after all batches: of the first role alone."""
+    width = shape.roles[0].itemsize
+    return _packed(
+        fills,
+        lambda fill: [(side.src, fill.dst, side.run.numel * width) for side in fill.sides],
+        round_bytes,
+    )
 
 
 def _in_turn(items: Iterable[Item], key: Callable[[Item], Hashable]) -> Iterator[Item]:

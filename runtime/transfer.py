@@ -4,14 +4,14 @@ What a decoder rebuilds in one round travels in the next, beside the inputs of t
 posts the messages of all in the same order (`checkpoint/batch.py`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from outlast.checkpoint.average import Fill, blend
-from outlast.checkpoint.batch import Batch, batches
+from outlast.checkpoint.batch import Batch, batches, fillings
 from outlast.checkpoint.code import Code
 from outlast.checkpoint.decode import Decode
 from outlast.checkpoint.ladder import Recovery
@@ -22,7 +22,6 @@ from outlast.runtime.collectives import Communicator
 from outlast.runtime.shard_state import ShardState
 from outlast.runtime.survey import Survey
 
-ROUND = 1 << 23  # elements that are averaged in one round, by all ranks together
 Units = dict[int, Tensor]  # rebuilt data units of one window
 
 
@@ -50,7 +49,7 @@ class Transfer:
                 received.append(run)
             before = batch.decodes
             rebuilt = [self._decode(d, arrived) for d in before if d.decoder == self._rank]
-        for fills in _rounds(decision.fills):
+        for fills in fillings(decision.fills, self._shape):
             received += self._fill(fills, state, half)
         return list(canonical(received))
 
@@ -123,18 +122,6 @@ class Transfer:
         code = Code(decode.k, decode.m)
         code.decode(data, parity, {unit: whole.numpy() for unit, whole in lost.items()})
         return lost
-
-
-def _rounds(fills: Iterable[Fill]) -> Iterator[list[Fill]]:
-    """So many at a time that every rank has the memory for it."""
-    chosen: list[Fill] = []
-    for fill in fills:
-        if chosen and sum(other.run.numel for other in chosen) + fill.run.numel > ROUND:
-            yield chosen
-            chosen = []
-        chosen.append(fill)
-    if chosen:
-        yield chosen
 
 
 class _Mail:

@@ -5,28 +5,26 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from outlast.checkpoint.average import edges
+from outlast.checkpoint.batch import fillings
 from outlast.checkpoint.ladder import Recovery
 from outlast.checkpoint.records import Protection, Report
 from outlast.layout.run import Run, canonical, subtract
 from outlast.layout.space import Space, Tensor
 from outlast.runtime import transfer as module
-from outlast.runtime.transfer import Transfer
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "checkpoint"))
 import emulated_job
 from emulated_job import ROLES, EmulatedJob, cut
-from test_transfer import Parity, Slot
-from thread_group import on_ranks
+from test_transfer import transferred
 from training_job import TrainingJob
 
 Start = Callable[..., TrainingJob]
@@ -117,17 +115,10 @@ def average(monkeypatch: pytest.MonkeyPatch) -> tuple[Recovery, list[State], lis
     decision = job.ladder.decide([told(report) for report in reports])
     states = [State(slots[rank][0].data) for rank in range(len(job.ranks))]
 
-    def work(communicator: Any) -> list[Run]:
-        rank = communicator.rank
-        survey = SimpleNamespace(
-            slots=[Slot(half) for half in slots[rank]],
-            parity=[Parity(half) for half in parity[rank]],
-        )
-        transfer = Transfer(communicator, survey, job.shape)  # type: ignore[arg-type]
-        return transfer.run(decision, states[rank], 1)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(module, "ROUND", 256)
-    received = on_ranks(len(job.ranks), work)
+    rounds = partial(fillings, round_bytes=1024)
+    monkeypatch.setattr(module, "fillings", rounds)
+    assert len(list(rounds(decision.fills, job.shape))) > 1
+    received = transferred(job, decision, states, slots, parity)
     for rank, holder in enumerate(job.ranks):
         lacks = subtract(decision.layout.runs(holder), slots[rank][0].held)
         assert not subtract(lacks, received[rank])

@@ -1,6 +1,7 @@
 """The runtime moves and decodes what the ladder decided, between ranks that are threads."""
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from outlast.checkpoint.batch import batches
+from outlast.checkpoint.ladder import Recovery
 from outlast.checkpoint.records import Protection
 from outlast.layout.run import Run, subtract
 from outlast.runtime import transfer as module
@@ -51,12 +53,11 @@ class State:
         return torch.from_numpy(cut(self.data[role], role, run))
 
 
-def recover(job: EmulatedJob, round_bytes: int, window_bytes: int, device: str = "cpu") -> None:
-    """Every rank ends with the true bytes of what it received, and nothing else."""
-    slots, parity, reports = job.sources()
-    decision = job.ladder.decide(reports)
-    states = [State(job.space.numel) for _ in job.ranks]
-    cut_up = partial(batches, round_bytes=round_bytes, window_bytes=window_bytes)
+def transferred(
+    job: EmulatedJob, decision: Recovery, states: Sequence[Any], slots: Sequence[Sequence[Half]],
+    parity: Sequence[Sequence[ParityHalf]], device: str = "cpu",
+) -> list[list[Run]]:  # fmt: skip
+    """What every rank received in `states`; the sources are those that the job reported."""
 
     def work(communicator: Any) -> list[Run]:
         rank = communicator.rank
@@ -65,11 +66,21 @@ def recover(job: EmulatedJob, round_bytes: int, window_bytes: int, device: str =
             parity=[Parity(half) for half in parity[rank]],
         )
         transfer = Transfer(communicator, survey, job.shape)  # type: ignore[arg-type]
-        return transfer.run(decision, states[rank], 1)  # type: ignore[arg-type]
+        return transfer.run(decision, states[rank], 1)
+
+    return on_ranks(len(job.ranks), work, device)
+
+
+def recover(job: EmulatedJob, round_bytes: int, window_bytes: int, device: str = "cpu") -> None:
+    """Every rank ends with the true bytes of what it received, and nothing else."""
+    slots, parity, reports = job.sources()
+    decision = job.ladder.decide(reports)
+    states = [State(job.space.numel) for _ in job.ranks]
+    cut_up = partial(batches, round_bytes=round_bytes, window_bytes=window_bytes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "batches", cut_up)
-        received = on_ranks(len(job.ranks), work, device)
+        received = transferred(job, decision, states, slots, parity, device)
     for rank, holder in enumerate(job.ranks):
         mine = next((h for h in job.memories[holder].halves if h and h.step == decision.step), None)
         lacks = subtract(decision.layout.runs(holder), mine.held if mine else ())
