@@ -22,7 +22,7 @@ from typing import Any
 
 from job import GPT, SMALL, median, parser_of, quantile, say, table, workspace, write_json
 
-from outlast.launch.drill import Drill, DrillConfig, events_of, judge, left_behind, traps
+from outlast.launch.drill import Drill, DrillConfig, events_of, judge, left_behind, run_twin, traps
 from outlast.launch.drilled_job import DrilledJob, DrillFailed, Shape, TrainingOver
 from outlast.launch.fault import DRAWN
 
@@ -72,9 +72,7 @@ def one_job(config: DrillConfig, twin: Path) -> dict[str, Any]:
             failure = str(error)
         orphans = left_behind(set_traps.path)
         if config.twin:
-            shape = Shape(nodes=1, workers=2, script=config.shape.script)
-            with DrilledJob(twin, shape, set_traps) as alone:
-                alone.await_end()
+            run_twin(config, set_traps)
     return judge(drill, failure, orphans, twin)[0]
 
 
