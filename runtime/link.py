@@ -108,7 +108,7 @@ class Link(Protocol):
     identity: Identity
     pulse: Pulse
 
-    def ready(self, device: torch.device) -> None: ...
+    def ready(self, device: torch.device, protected: bool) -> None: ...
     def allocate(self, size: int) -> int: ...
     def memories(self) -> dict[int, int]: ...
     def send(self, **message: object) -> None: ...
@@ -130,7 +130,7 @@ class AgentLink:
         self._complete = False
         self._current: Generation | None = None
         self._graveyard = Graveyard()
-        self._device = torch.device("cpu")
+        self._device, self._protected = torch.device("cpu"), False
         self.pulse = Pulse()
         if latch is not None:
             Latch(latch).hold()
@@ -147,9 +147,10 @@ class AgentLink:
             evict_poison=welcome["evict_poison"],
         )
 
-    def ready(self, device: torch.device) -> None:
-        """Ask to take part in the data plane, with tensors on `device`."""
-        self._device = device
+    def ready(self, device: torch.device, protected: bool) -> None:
+        """Ask to take part in the data plane, with tensors on `device`; protected: steps have
+        parity, so that generations need their side group."""
+        self._device, self._protected = device, protected
         self.send(kind="ready")
 
     def allocate(self, size: int) -> int:
@@ -314,8 +315,8 @@ class AgentLink:
             self._current = current
             self._state.notify_all()
         self.send(kind="event", event="connected", generation=generation, rank=rank)
-        if len(set(current.domains.values())) == 1:
-            return  # nothing can be protected against the loss of the only domain
+        if not self._protected or len(set(current.domains.values())) == 1:
+            return  # no parity; and nothing is protected against the loss of the only domain
         side = self._join(view, rank, stores[1])
         try:
             if side is None:
@@ -356,7 +357,7 @@ class SoloLink:
         self._generation: Generation | None = None
         self.pulse = Pulse()
 
-    def ready(self, device: torch.device) -> None:
+    def ready(self, device: torch.device, protected: bool) -> None:
         """Connect the group of one."""
         now = time.time()
         store = RendezvousStore(lambda key, value: None, _PEER_START_S)

@@ -157,7 +157,7 @@ class Run:
             shard_state(memory, flat.space, flat.device),
         )
         self._fingerprint = flat.fingerprint()
-        self._link.ready(flat.device)
+        self._link.ready(flat.device, zero > 0 and bool(safe.m or safe.edges))
         try:
             recovery.join(self._training, self._fingerprint)
         except JobComplete as complete:
