@@ -9,10 +9,10 @@ from the first rung that has it:
     parity    at most m units of its stripe are gone, whoever holds the others
     average   only where a job asks for it: the mean of the neighbouring blocks
 
-and refuses, by name, what no rung has. All rungs but the last are exact: determinism makes all
-copies of a step equal, so copies of different generations may be mixed. The last is taken where no
-step can be had exactly, and what it makes untrue is left out from then on, see
-`checkpoint.average`."""
+and refuses, by name, what no rung has; then the step on storage is left, if there is one. All rungs
+but the last are exact: determinism makes all copies of a step equal, so copies of different
+generations may be mixed. The last is taken where no step can be had exactly, and what it makes
+untrue is left out from then on, see `checkpoint.average`."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -117,6 +117,10 @@ class Ladder:
             return replicate(self.space, holders)
         return deal(self.space, holders, self.grain)
 
+    def anew(self, reports: Sequence[Report]) -> Recovery:
+        """To begin with nothing in memory: at the start, or from a step on storage."""
+        return Recovery(0, self.initial(_interleaved(reports)), fresh=True)
+
     def decide(self, reports: Sequence[Report]) -> Recovery:
         """The newest step that can be restored, and how.
 
@@ -148,7 +152,7 @@ class Ladder:
                     return attempt.averaged(averager)
         # What is left of a later step says that the job was further: never back to the start.
         if all(report.initial for report in reports) and not any(steps):
-            return Recovery(0, self.initial(_interleaved(reports)), fresh=True)
+            return self.anew(reports)
         raise StateLost("; ".join(reasons) or "no survivor holds any state")
 
 

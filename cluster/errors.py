@@ -23,6 +23,10 @@ class JobComplete(OutlastError):
     """The other ranks have finished all their work and left."""
 
 
+class Stopped(OutlastError):
+    """The job was asked to end, and its state is on storage."""
+
+
 class Corrupt(OutlastError):
     """Bytes do not match their checksum or their declared shape; names the place."""
 

@@ -92,8 +92,8 @@ class Roster:
 
     def wanted(self, view: View, suspects: Collection[str], seats: Seats) -> tuple[Member, ...]:
         """The members as they should be: those not lost, as they describe themselves, then those
-        that want in. A complete job's members stay as they are: some of its workers are gone and
-        would never connect again."""
+        that want in, unless the job is to stop. A complete job's members stay as they are: some of
+        its workers are gone and would never connect again."""
         if any(self._latest(member).complete for member in view.members):
             return view.members
         kept = [
@@ -101,6 +101,8 @@ class Roster:
             for member in view.members
             if member.agent not in suspects or self.finished(member.agent)
         ]
+        if stopping := view.stopping or _stopping(kept):
+            return tuple(replace(member, stopping=stopping) for member in kept)
         asking = [
             m for m in self._there() if m.agent not in view.agents
             and self.peers[m.agent].wants and not self.peers[m.agent].out
@@ -150,3 +152,11 @@ class Roster:
             return self.me
         peer = self.peers.get(member.agent)
         return peer.member if peer is not None and peer.member is not None else member
+
+
+def _stopping(members: Collection[Member]) -> str:
+    """The signal that ends the job: one of its members asks for that, or most have to leave."""
+    leaving = [member.leaving for member in members if member.leaving]
+    if 2 * len(leaving) > len(members):
+        return leaving[0]
+    return next((member.stopping for member in members if member.stopping), "")

@@ -53,6 +53,9 @@ class Timing:
     # A search for a job that nobody has founded: nodes of one allocation boot minutes apart.
     join_s = Beats(600)
 
+    # A node that is told to leave waits whether most others are, too: then the whole job ends.
+    alone_s = Beats(3)
+
     # Building the groups of a generation: a peer that dies meanwhile shows only like this.
     rebuild_s = Beats(10)
     # Slices of a wait for a collective: how late an abort is noticed at worst.

@@ -14,14 +14,14 @@ from outlast.cluster.errors import Misuse
 MEMBERS_MAX = 4096
 WORKERS_MAX = 1024
 TEXT_MAX = 256
-MAY_BE_EMPTY = frozenset({"rack"})
+MAY_BE_EMPTY = frozenset({"rack", "leaving", "stopping"})
 
 T = TypeVar("T")
 
 
 def field(data: object, name: str, kind: type[T], low: int = 0, high: int = 1 << 62) -> T:
     """The field `name` of a decoded JSON object, of exactly type `kind`; integers within [low,
-    high], text bounded and not empty (unless it may be: rack)."""
+    high], text bounded and not empty (unless it may be)."""
     value = data.get(name) if isinstance(data, Mapping) else None
     if type(value) is not kind:
         raise Misuse(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
@@ -50,6 +50,8 @@ class Member:
     workers that will come back. complete: a worker ended well, so the view stays as it is. rack:
     what it shares with the nodes that fail with it, empty if unknown. trained: it knows that the
     job has committed a step. spare: it votes, and its workers wait for the place of a lost member.
+    leaving: the signal that asked this node to end. stopping: the signal that ends the whole job,
+    with its state on storage.
     """
 
     agent: str
@@ -65,12 +67,15 @@ class Member:
     rack: str = ""
     trained: bool = False
     spare: bool = False
+    leaving: str = ""
+    stopping: str = ""
 
     def shape(self) -> tuple[object, ...]:
         """What a generation is about: two descriptions of one shape differ only in notes, which
         change no rank. The workers of a spare have none yet."""
         workers = () if self.spare else self.workers
-        return (self.agent, self.host, self.port, workers, self.restarts, self.spare)
+        seat = (self.agent, self.host, self.port, workers)
+        return (*seat, self.restarts, self.spare, self.stopping)
 
     def as_json(self) -> dict[str, object]:
         """A plain dict for JSON."""
@@ -100,6 +105,8 @@ class Member:
             rack=field(data, "rack", str),
             trained=field(data, "trained", bool),
             spare=field(data, "spare", bool),
+            leaving=field(data, "leaving", str),
+            stopping=field(data, "stopping", str),
         )
         _unique("local_rank", [worker.local_rank for worker in member.workers])
         return member
@@ -127,6 +134,11 @@ class View:
     def agents(self) -> tuple[str, ...]:
         """The members' agents in view order."""
         return tuple(member.agent for member in self.members)
+
+    @property
+    def stopping(self) -> str:
+        """The signal that ends the job, empty while it goes on."""
+        return next((member.stopping for member in self.members if member.stopping), "")
 
     def quorum(self, agents: Iterable[str]) -> bool:
         """Whether these agents may decide for the view: a majority of it, or exactly half with its

@@ -9,7 +9,6 @@ change. Invariant: the outcome is set once, and from then on nothing that happen
 import asyncio
 import os
 import secrets
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from outlast.launch.crew import Crew, Slot, keep_pinging, memories_of_use, tell_
 from outlast.launch.ending import Ending, Outcome
 from outlast.launch.event_log import EventLog
 from outlast.launch.eviction import condemn, waiting
+from outlast.launch.interface import choose
 from outlast.launch.link import Message
 from outlast.launch.metrics_log import MetricsLog
 from outlast.launch.plain_job import PlainJob
@@ -46,6 +46,9 @@ class Agent:
     """The agent from its start to its outcome; `run` drives it."""
 
     def __init__(self, config: LaunchConfig, key: bytes, console: Console) -> None:
+        endpoints = tuple(host_and_port(text) for text in config.endpoints)
+        way = choose(endpoints, config.interface, config.local_addr)
+        config = replace(config, interface=way.name)
         self.config, self.console = config, console
         self.timing = Timing(heartbeat_s=config.heartbeat_s)
         grace_s = config.shutdown_timeout_s  # from SIGTERM to SIGKILL for a worker
@@ -60,10 +63,8 @@ class Agent:
         self.view: View | None = None
         self.times = {"detected": 0.0, "agreed": 0.0}
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        endpoints = tuple(host_and_port(text) for text in config.endpoints)
-        host = config.local_addr or own_address(endpoints[0])
         rack = rack_of(self.node, config.racks, alone=config.standalone)
-        me = Member(self.agent, self.node, host, 0, self.crew.workers(), rack=rack)
+        me = Member(self.agent, self.node, way.address, 0, self.crew.workers(), rack=rack)
         job = Job(
             job_id=config.job, key=key, endpoints=endpoints,
             min_nodes=config.min_nodes, max_nodes=config.max_nodes, spares=config.spares,
@@ -144,7 +145,8 @@ class Agent:
         if event:
             self.event(event)
         if broadcast:
-            self.mesh.broadcast({"kind": "end", "code": outcome.code, "text": outcome.text})
+            said = {name: getattr(outcome, name) for name in ("code", "text", "signal", "step")}
+            self.mesh.broadcast({"kind": "end", **said})
         self.outcome.set_result(outcome)
 
     def fail(self, text: str) -> None:
@@ -157,6 +159,7 @@ class Agent:
             return
         settled = self.crew.settled
         ended_well = any(slot.done for slot in self.crew.slots) and not self.spare.waits
+        ended_well &= not self.ending.stopping
         if ended_well and (settled or self.elastic) and not self.ending.succeeded:
             self.mesh.broadcast({"kind": "done"})
             self.ending.succeed()
@@ -164,7 +167,7 @@ class Agent:
             self.mesh.me, restarts=self.restarts, finished=settled, complete=self.ending.complete,
             workers=self.mesh.me.workers if self.ending.complete else self.spare.offer(),
             elastic=self.crew.ever_attached, trained=self.trained,
-            memories=memories_of_use(self.crew, self.config.max_restarts),
+            memories=memories_of_use(self.crew, self.config.max_restarts), **self.ending.wishes,
         )  # fmt: skip
         if self.running is not None and self.view is None:
             if not self.crew.complete:
@@ -229,7 +232,9 @@ class Agent:
         if self.progress.hosts_rank_0:
             self.metrics.founding |= view.generation == 1
             self.metrics.write()
-        if self.spare.waits:
+        if view.stopping:
+            self.ending.stop()
+        elif self.spare.waits:
             self.spare.follow(view)
         elif not self.elastic:
             self._plain.follow(view)
@@ -262,8 +267,10 @@ class Agent:
                 self.ending.succeed()
                 self.describe()
             elif kind == "end":
-                code = message["code"]
-                self.end(Outcome(int(code), str(message["text"])))
+                code, text, number, step = (message[k] for k in ("code", "text", "signal", "step"))
+                self.end(Outcome(int(code), str(text), signal=int(number), step=int(step)))
+            elif kind == "stored":
+                self.ending.stored(int(message["step"]))
         except (Misuse, KeyError, TypeError, ValueError) as error:
             self.event("malformed", peer=agent, cause=str(error))
 
@@ -272,13 +279,3 @@ class Agent:
         reach("detect", lost=agent)
         self.event("peer_lost", peer=agent, peer_node=node, cause=cause)
         self.ending.check()
-
-
-def own_address(endpoint: tuple[str, int]) -> str:
-    """The address of this host that the endpoint's host can dial; nothing is sent."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(endpoint)
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise Misuse(f"--rdzv-endpoint: cannot reach {endpoint[0]}: {error}") from error

@@ -36,6 +36,8 @@ OPTIONS: tuple[tuple[str, Any, Any, str, str], ...] = (
     ("job-key-file", str, "", "File with the job's secret key, instead of OUTLAST_JOB_KEY.", ""),
     ("node-name", str, "", "Name of this node [default: its host name].", ""),
     ("local-addr", str, "", "Address of this node that others can reach.", ""),
+    ("interface", str, "", "Interface to the other nodes: name, network or address "
+     "[default: the way to the endpoints].", ""),
     ("topology", str, "", "TOML file of what fails as a whole: [racks], rack = [\"node\", …] "
      "[default: as SLURM says].", ""),
     ("heartbeat", float, 0.5, "Seconds between signs of life; all waits are multiples.", ""),
@@ -48,6 +50,8 @@ OPTIONS: tuple[tuple[str, Any, Any, str, str], ...] = (
     ("no-python", None, False, "Run SCRIPT itself, not with Python.", ""),
     ("role", str, "default", "ROLE_NAME of the workers.", ""),
     ("log-dir", str, "", "Directory of logs [default: outlast_logs/JOB].", ""),
+    ("checkpoint-dir", str, "", "Where a stopped job leaves its state, and a started one looks for "
+     "it [default: checkpoints in the log directory].", ""),
     ("redirects", str, "0", "To files: 0..3 (1 stdout, 2 stderr) or RANK:0..3,…", "r"),
     ("tee", str, "0", "To files and the console, in the same form.", "t"),
     ("local-ranks-filter", str, "", "Only these local ranks on the console: 0,1,…", ""),
@@ -165,6 +169,7 @@ def config_from_options(options: dict[str, Any]) -> LaunchConfig:
     job = options["rdzv_id"]
     if local and job == "none":
         job = f"job-{secrets.token_hex(4)}"
+    log_dir = options["log_dir"] or f"outlast_logs/{job}"
     ranks = [text for text in options["local_ranks_filter"].split(",") if text.strip()]
     if not all(text.strip().isdecimal() for text in ranks):
         raise Misuse("--local-ranks-filter: give local ranks such as 0,1")
@@ -182,11 +187,13 @@ def config_from_options(options: dict[str, Any]) -> LaunchConfig:
         role=options["role"],
         module=options["module"],
         no_python=options["no_python"],
-        log_dir=options["log_dir"] or f"outlast_logs/{job}",
+        log_dir=log_dir,
+        checkpoint_dir=str(Path(options["checkpoint_dir"] or f"{log_dir}/checkpoints").absolute()),
         redirects=options["redirects"],
         tee=options["tee"],
         local_ranks_filter=tuple(int(text) for text in ranks),
         local_addr=options["local_addr"],
+        interface=options["interface"],
         node=options["node_name"] or ("node" if local else socket.gethostname()),
         heartbeat_s=options["heartbeat"],
         spares=options["spares"],

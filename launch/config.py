@@ -35,6 +35,7 @@ class LaunchConfig:
     tee: str = "0"
     local_ranks_filter: tuple[int, ...] = ()
     local_addr: str = ""
+    interface: str = ""  # as the user names it; of an agent: the kernel's name, empty for loopback
     node: str = ""
     heartbeat_s: float = 0.5
     spares: int = 0
@@ -42,6 +43,7 @@ class LaunchConfig:
     rebalance: bool = False
     poison: str = "evict"
     shutdown_timeout_s: float | None = None
+    checkpoint_dir: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""

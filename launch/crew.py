@@ -230,7 +230,7 @@ class Crew:
         slot = self.slots[worker.local_rank]
         worker.lose(exit_text(code))
         limit = self._config.max_restarts + (KILLS_FORGIVEN if code < 0 and not worker.hung else 0)
-        respawn = self.respawns < limit and not (self.owner.ending.complete or slot.closed)
+        respawn = self.respawns < limit and not (self.owner.ending.over or slot.closed)
         if respawn:
             self.respawns += 1
             slot.false_starts = 0 if worker.ready else slot.false_starts + 1
@@ -288,6 +288,14 @@ def memories_of_use(crew: Crew, max_restarts: int) -> int:
     coming = any(not slot.done and not slot.closed for slot in crew.slots)
     left = crew.respawns < max_restarts + KILLS_FORGIVEN
     return len(crew.memory.kept) if coming and left else 0
+
+
+def forward(crew: Crew, number: signal.Signals) -> bool:
+    """Hand a signal on to the workers that have a handler for it; whether there are any."""
+    there = [s.process for s in crew.slots if s.process and s.process.catches(number)]
+    for worker in there:
+        worker.signal(number)
+    return bool(there)
 
 
 def dismiss(crew: Crew) -> None:

@@ -1,15 +1,21 @@
-"""How a job ends well: when nothing more comes from any member.
+"""How a job ends: well, when nothing more comes from any member, or at a signal.
 
 An elastic job is complete as soon as one worker has ended well, because all have passed the last
 step by then. From that moment the view stays as it is: workers that are gone would never connect
 again, so nobody is taken in, and nobody is waited for who is not in it.
+
+A signal that one node gets alone takes that node out of the job. One that ends the job (most nodes
+get it, or it is SIGUSR1 or SIGINT) becomes part of the view, so that all agree; the ranks enter the
+generation as after a loss, bring the step that all of them have to storage, and end.
 """
 
+import asyncio
+import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from outlast.cluster.view import Member
-from outlast.launch.crew import dismiss
+from outlast.launch.crew import dismiss, forward
 
 if TYPE_CHECKING:
     from outlast.launch.agent import Agent
@@ -17,12 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an incarnation ended: exit code, what to say, whether workers get a grace, what next."""
+    """How an incarnation ended: exit code, what to say, whether workers get a grace, what next.
+
+    signal, step: the signal that ended it, and the step that is on storage then; -1 for none.
+    """
 
     code: int
     text: str = ""
     graceful: bool = True
     rejoin: bool = False
+    signal: int = 0
+    step: int = -1
 
 
 class Ending:
@@ -31,6 +42,68 @@ class Ending:
     def __init__(self, agent: "Agent") -> None:
         self._agent = agent
         self.succeeded = self.complete = False
+        self.signal: signal.Signals | None = None  # the first that this node got
+        self._stored = -1  # the step that was brought to storage
+
+    @property
+    def stopping(self) -> str:
+        """The signal that ends the job, empty while it goes on."""
+        return self._agent.view.stopping if self._agent.view is not None else ""
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody is started any more."""
+        return self.complete or bool(self.stopping)
+
+    @property
+    def wishes(self) -> dict[str, str]:
+        """What this node says of itself: that it has to leave, and whether the job is to stop."""
+        if self.signal is None:
+            return {"leaving": "", "stopping": ""}
+        name = self.signal.name
+        return {"leaving": name, "stopping": "" if self.signal == signal.SIGTERM else name}
+
+    def signalled(self, number: signal.Signals) -> None:
+        """A signal asks this node to end; a scheduler repeats itself, a person insists by a second
+        SIGINT."""
+        agent, loop, again = self._agent, asyncio.get_running_loop(), self.signal is not None
+        text = f"stopped by {number.name}"
+        left = Outcome(128 + number, text, signal=number)
+        if agent.outcome.done():
+            agent.crew.kill()
+        elif number == signal.SIGUSR1 and not agent.elastic and forward(agent.crew, number):
+            return  # a plain script that has a handler of its own
+        elif not self._can_store or (again and number == signal.SIGINT):
+            agent.end(left)
+        elif not again:
+            self.signal = number
+            agent.describe()
+            if number == signal.SIGTERM:
+                loop.call_later(agent.timing.alone_s, lambda: self.stopping or agent.end(left))
+            late = f"{text}: the state was not on storage within {agent.grace_s:.0f} s"
+            outcome = Outcome(128 + number, late, graceful=False, signal=number)
+            loop.call_later(agent.grace_s, agent.end, outcome)
+
+    @property
+    def _can_store(self) -> bool:
+        agent = self._agent
+        trains = agent.view is not None and agent.elastic and agent.trained
+        return trains and not self.complete and bool(agent.config.checkpoint_dir)
+
+    def stop(self) -> None:
+        """The view says that the job stops: whoever does not train ends now."""
+        dismiss(self._agent.crew)
+        if self._agent.spare.waits:
+            self._release()
+
+    def stored(self, step: int) -> None:
+        """A worker somewhere has seen the step on storage."""
+        self._stored = step
+        self.check()
+
+    def _release(self) -> None:
+        for worker in self._agent.crew.attached:
+            worker.send({"kind": "complete"})
 
     def succeed(self) -> None:
         """A worker somewhere ended well."""
@@ -38,8 +111,7 @@ class Ending:
         if self._agent.elastic and not self.complete:
             self.complete = True
             dismiss(self._agent.crew)
-            for worker in self._agent.crew.attached:
-                worker.send({"kind": "complete"})
+            self._release()
 
     def described(self, member: Member) -> None:
         """Another agent said how it is."""
@@ -58,7 +130,14 @@ class Ending:
         gone = agent.mesh.detector.suspects if self.complete else ()
         others = [m for m in present if m.agent != agent.agent and m.agent not in gone]
         if all(agent.mesh.members.get(m.agent, m).finished for m in others):
-            if self.succeeded:
+            if self.stopping and self._stored >= 0:
+                number = signal.Signals[self.stopping]
+                where = agent.config.checkpoint_dir
+                text = (f"stopped by {number.name}; step {self._stored} is in {where}: "
+                        f"the same command with --checkpoint-dir {where} goes on")  # fmt: skip
+                end = Outcome(128 + number, text, signal=number, step=self._stored)
+                agent.end(end, broadcast=True)
+            elif self.succeeded:
                 agent.end(Outcome(0), broadcast=True)
             else:
                 agent.fail("every worker was lost")

@@ -41,25 +41,18 @@ async def _incarnations(config: LaunchConfig, key: bytes, console: Console) -> i
     while True:
         agent = Agent(config, key, console)
         failpoint.arm(environment().drill, node=agent.node, agent=agent.agent)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, _interrupt, agent, number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            loop.add_signal_handler(number, agent.ending.signalled, number)
         loop.set_exception_handler(partial(_broken, agent))
         outcome = await agent.run()
         if outcome.code == 0 and not outcome.rejoin:
             agent.progress.say("job finished")
-        elif outcome.code == 1:
+        elif outcome.code == 1 or outcome.step >= 0:
             agent.progress.say(outcome.text)
         elif outcome.code < 128:
             console.line(f"{config.node}: {outcome.text}")
         if not outcome.rejoin:
             return outcome.code
-
-
-def _interrupt(agent: Agent, number: signal.Signals) -> None:
-    """The first signal ends the node in order, a second one at once."""
-    if agent.outcome.done():
-        agent.crew.kill()
-    agent.end(Outcome(128 + number, f"stopped by {number.name}"))
 
 
 def _broken(agent: Agent, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

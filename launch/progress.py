@@ -63,6 +63,11 @@ class Progress:
             went = f"goes on at step {step} after {took:.0f} ms ({names})"
             self.say(f"generation {generation}: {went}")
 
+    def loaded(self, message: Message) -> None:
+        """A worker has read its part of a step from storage: said once."""
+        if message.get("rank") == 0:
+            self._console.line(f"step {message.get('step')} read from {message.get('path')}")
+
     def told(self, name: str, message: Message) -> None:
         """What one worker, wherever it is, says of another and people should know."""
         say = self._console.line
@@ -81,7 +86,8 @@ class Progress:
             say(f"leaves are dealt by speed, in rank order {message.get('weights')}")
 
     def _changes(self, before: View, view: View) -> str:
-        texts = []
+        stops = view.stopping and not before.stopping
+        texts = [f"{view.stopping}, the job stops"] if stops else []
         for member in before.members:
             now = view.member(member.agent)
             if now is None:

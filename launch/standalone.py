@@ -32,7 +32,8 @@ Process = subprocess.Popen[bytes]
 
 def run_standalone(config: LaunchConfig, key: bytes | None) -> int:
     """Run the whole job here; returns its exit code. Without a key a fresh one is made."""
-    with _reserved(Path(config.log_dir)), _free_port() as port, _signals() as wakeup:
+    with _reserved(Path(config.log_dir)), _signals() as wakeup:
+        port = free_port("127.0.0.1")
         config = replace(config, endpoints=(f"127.0.0.1:{port}",), local_addr="127.0.0.1")
         key = key or secrets.token_bytes(32)
         count = config.max_nodes + config.spares
@@ -117,11 +118,11 @@ def _watch(agents: list[Process], wakeup: socket.socket, config: LaunchConfig) -
 
 @contextmanager
 def _signals() -> Iterator[socket.socket]:
-    """A socket from which the numbers of SIGINT and SIGTERM can be read."""
+    """A socket from which the numbers of the signals that end a job can be read."""
     ours, wakeup = socket.socketpair()
     with ours, wakeup:
         ours.setblocking(False)
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         before = [signal.signal(number, lambda *_: None) for number in numbers]
         previous = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
         try:
@@ -147,16 +148,14 @@ def _reserved(directory: Path) -> Iterator[None]:
         os.close(file)
 
 
-@contextmanager
-def _free_port() -> Iterator[int]:
+def free_port(host: str) -> int:
     """A port for the agents to meet at, below the ephemeral ones so that no connection takes it."""
     for _ in range(100):
         port = 10000 + secrets.randbelow(10000)
         with socket.socket() as probe:
             try:
-                probe.bind(("127.0.0.1", port))
+                probe.bind((host, port))
             except OSError:
                 continue
-        yield port
-        return
-    raise Misuse("no free port between 10000 and 20000 on 127.0.0.1")
+        return port
+    raise Misuse(f"no free port between 10000 and 20000 on {host or 'this machine'}")

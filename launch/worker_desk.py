@@ -30,7 +30,7 @@ class WorkerDesk:
             "attach": self._attach, "ready": self._ready, "allocate": self._allocate,
             "memories": self._memories, "release": self._release, "store": self._store,
             "pong": self._pong, "log": self._log, "event": self._event, "error": self._error,
-            "finished": self._finished,
+            "finished": self._finished, "stopped": self._finished,
             "condemn": lambda _, message: condemn(agent, message, agent.mesh.broadcast),
         }  # fmt: skip
 
@@ -67,6 +67,7 @@ class WorkerDesk:
             "job": agent.config.job, "heartbeat_s": agent.config.heartbeat_s,
             "host": agent.mesh.me.host, "rebalance": agent.config.rebalance,
             "evict_poison": agent.config.poison == "evict",
+            "checkpoint_dir": agent.config.checkpoint_dir,
             "restarts": agent.crew.slots[worker.local_rank].spawns - 1,
         })  # fmt: skip
         agent.describe()
@@ -120,6 +121,9 @@ class WorkerDesk:
             # Rank 0 may be new and have missed a step: whoever has made it writes it.
             self._restored = message.get("step")
             self._agent.metrics.write()
+        elif name == "loaded":
+            self._agent.metrics.founding = False  # what an earlier start wrote is this job's own
+            self._agent.progress.loaded(message)
         elif name == "resumed" and not self._agent.trained:
             self._agent.trained = True
             self._agent.describe()
@@ -132,3 +136,7 @@ class WorkerDesk:
 
     def _finished(self, worker: WorkerProcess, message: Message) -> None:
         worker.finished = True
+        if message["kind"] == "stopped":
+            said = {"kind": "stored", "step": field(message, "step", int)}
+            self._agent.mesh.broadcast(said)
+            self._agent.ending.stored(said["step"])

@@ -120,6 +120,14 @@ class WorkerProcess:
         if not self.gone.is_set():
             os.killpg(self.pid, number)
 
+    def catches(self, number: int) -> bool:
+        """Whether the process has a handler for a signal."""
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+        except OSError:
+            return False
+        return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> (number - 1) & 1)
+
     def lose(self, cause: str) -> None:
         """Fence it and report it lost, once."""
         self.signal(signal.SIGKILL)

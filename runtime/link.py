@@ -49,6 +49,7 @@ class Identity:
     timing: Timing
     rebalance: bool = False  # deal leaves by measured speed
     evict_poison: bool = True  # whoever computes wrong gradients leaves the job
+    checkpoint_dir: str = ""  # where the state goes when the job is asked to stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,7 @@ class AgentLink:
             timing=Timing(heartbeat_s=welcome["heartbeat_s"]),
             rebalance=welcome["rebalance"],
             evict_poison=welcome["evict_poison"],
+            checkpoint_dir=welcome["checkpoint_dir"],
         )
 
     def ready(self, device: torch.device, protected: bool) -> None:

@@ -32,6 +32,7 @@ def join(training: Training, fingerprint: str) -> None:
         StateLost: no rung has the state.
         PeerLost: the peers are gone and no new generation came.
         Misuse: the ranks do not train the same model.
+        Stopped: the job was asked to end, and its state is on storage.
     """
     timing = training.link.identity.timing
     training.link.pulse.inside()
@@ -43,6 +44,9 @@ def join(training: Training, fingerprint: str) -> None:
         training.link.pulse.enter(entered)
         try:
             _Entry(training, generation, fingerprint).run()
+            if generation.view.stopping:
+                training.membership.redundancy.stop()
+                training.durable.save_and_stop(generation.communicator)
         except (GenerationChanged, PeerLost) as cause:
             # A further loss: the ladder is entered again with what is left.
             training.link.send(
@@ -80,14 +84,17 @@ class _Entry:
         self._mark("finish")
         _compare(reports)
         self._reach("plan")
-        decision = training.ladder.decide(reports)
+        decision, stored = self._decide(reports)
         # A step made again costs less than waiting for a worker, two steps do not.
         back = max(report.done for report in reports) - decision.step
         if self.generation.unread_memories and (not 0 <= back <= 1 or decision.fills):
             raise StateLost("a node whose workers are being restarted may have a newer step")
         self._mark("plan")
         self._reach("move")
-        half = self._move(decision, survey)
+        if stored:
+            decision, half = self._load(decision, stored)
+        else:
+            half = self._move(decision, survey)
         self._mark("move")
         redone = max(0, training.committed - decision.step)
         self._reach("resume")
@@ -109,13 +116,49 @@ class _Entry:
             joined=previous is None,
             phases=self._phases(),
             lost=lost,
-            rungs=decision.rungs(self.memory.shape),
+            rungs={"checkpoint": self._size} if stored else decision.rungs(self.memory.shape),
             moved=decision.moved(self.memory.shape),
             leaves_kept=kept,
             leaves_missing=training.settings.leaves - kept,
         )
         for averaging in decision.lineage:
             self._announce(averaging, decision.step)
+
+    def _decide(self, reports: Sequence[Report]) -> tuple[Recovery, tuple[str, ...]]:
+        """What the ladder says, and the steps on storage of which one is to be read: at the start
+        of a job, and where no memory has the state any more."""
+        ladder, names = self.training.ladder, reports[0].stored
+        try:
+            decision = ladder.decide(reports)
+        except StateLost:
+            if not names or self.generation.unread_memories:
+                raise
+            return ladder.anew(reports), names
+        return decision, names if decision.fresh else ()
+
+    def _load(self, decision: Recovery, names: Sequence[str]) -> tuple[Recovery, int]:
+        """A step from storage, dealt anew; returns what it is, and the half that holds it."""
+        training = self.training
+        owned = decision.layout.runs(training.link.identity.holder)
+        self.memory.reserve(owned)
+        stored = training.durable.load(self.communicator, names, owned)
+        first = stored.records[0]
+        # Generations began anew: what was averaged before is older than all of them.
+        lineage = tuple(replace(one, generation=-n)
+                        for n, one in enumerate(reversed(first.lineage)))[::-1]  # fmt: skip
+        decision = replace(
+            decision, step=stored.step, fresh=False, losses=tuple(first.losses),
+            scalars=first.scalars, norms=first.norms, lineage=lineage,
+        )  # fmt: skip
+        training.gathered = -1
+        record = replace(self._empty_record(decision), norms=first.norms, lineage=lineage)
+        training.state.publish(0, record, owned, owned, self.generation.view.generation)
+        return decision, 0
+
+    @property
+    def _size(self) -> int:
+        shape = self.memory.shape
+        return shape.numel * shape.element_bytes
 
     def _announce(self, averaging: Averaging, step: int) -> None:
         """A lossy recovery never goes unsaid, also if a further loss cut it short."""
@@ -168,6 +211,7 @@ class _Entry:
             slots=tuple(slot.source() for slot in survey.slots),
             parity=tuple(parity.source for parity in survey.parity),
             ended=training.ended,
+            stored=training.durable.names(),
         )
 
     def _move(self, decision: Recovery, survey: Survey) -> int:

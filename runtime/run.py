@@ -28,7 +28,7 @@ from outlast.checkpoint.memory import StateMemory, memory_bytes
 from outlast.checkpoint.records import StateShape
 from outlast.cluster import failpoint
 from outlast.cluster.environment import environment
-from outlast.cluster.errors import GenerationChanged, JobComplete, Misuse, PeerLost
+from outlast.cluster.errors import GenerationChanged, JobComplete, Misuse, PeerLost, Stopped
 from outlast.runtime import recovery
 from outlast.runtime.allocator import keep_pages
 from outlast.runtime.determinism import pin, seed_all
@@ -160,9 +160,9 @@ class Run:
         self._link.ready(flat.device, zero > 0 and bool(safe.m or safe.edges))
         try:
             recovery.join(self._training, self._fingerprint)
-        except JobComplete as complete:
+        except (JobComplete, Stopped) as over:
             self.close()
-            raise SystemExit(0) from complete  # a spare or a latecomer: nothing is left to do
+            raise SystemExit(0) from over  # a spare or a latecomer: nothing is left to do
         return flat.module
 
     def steps(self, count: int) -> Iterator["Step"]:
@@ -200,7 +200,11 @@ class Run:
 
     def recover(self) -> None:
         """Enter the next generation; the runtime calls this by itself."""
-        recovery.join(self.training, self._fingerprint)
+        try:
+            recovery.join(self.training, self._fingerprint)
+        except Stopped as stopped:
+            self.close()
+            raise SystemExit(0) from stopped
 
     def log(self, **metrics: float) -> None:
         """Record metrics of the step that was just committed, each step exactly once."""

@@ -27,6 +27,7 @@ from outlast.cluster.failpoint import drilled, reach
 from outlast.layout.layout import Layout, deal
 from outlast.layout.run import Run
 from outlast.layout.space import Space
+from outlast.runtime.durable import Durable
 from outlast.runtime.flat_model import FlatModel
 from outlast.runtime.fold import (
     Bucket,
@@ -164,6 +165,7 @@ class Training:
         self.norm = 0.0
         self.todo: list[int] = []
         self.nodes: list[tuple[Node, ...]] = []
+        self.durable = Durable(self)
         self.now: Membership | None = None
         self.restored = 0  # step that this generation started from
 
