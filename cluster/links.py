@@ -60,12 +60,14 @@ class Links:
         self._dialling: dict[Address, asyncio.Task[None]] = {}
         self._server: asyncio.Server | None = None
 
-    async def listen(self, addresses: list[Address]) -> Address:
-        """Listen at the first of these that can be bound (port 0: any); raises Misuse if none."""
+    async def listen(self, addresses: list[Address], own: str) -> Address:
+        """Listen at the first of these that can be bound (port 0: any) and at `own`, the address
+        that others are told, on the same port; raises Misuse if at none."""
         loop, cause = asyncio.get_running_loop(), ""
         for host, port in addresses:
             try:
-                local = await asyncio.wait_for(self._local(host), self.timing.connect_s)
+                hosts = list(dict.fromkeys([host, own]))
+                local = await asyncio.wait_for(self._local(hosts), self.timing.connect_s)
                 bind = loop.create_server(lambda: Link(self._ends, None), local, port)
                 self._server = await asyncio.wait_for(bind, self.timing.connect_s)
             except (OSError, TimeoutError) as error:
@@ -112,13 +114,16 @@ class Links:
     def _all(self) -> list[Link]:
         return [*self._strangers, *(link for links in self._links.values() for link in links)]
 
-    async def _local(self, host: str) -> str | None:
-        """What to bind for a host; None: everything, where a name of this machine stands in its
-        own tables for the loopback, which others cannot reach."""
-        found = await asyncio.get_running_loop().getaddrinfo(host, None)
-        loopback = all(str(info[4][0]).startswith(("127.", "::1")) for info in found)
-        meant = host == "localhost" or host.startswith(("127.", "::1"))
-        return None if loopback and not meant else host
+    async def _local(self, hosts: list[str]) -> list[str] | None:
+        """What to bind for these hosts; None: everything, where a name of this machine stands in
+        its own tables for the loopback, which others cannot reach."""
+        for host in hosts:
+            found = await asyncio.get_running_loop().getaddrinfo(host, None)
+            loopback = all(str(info[4][0]).startswith(("127.", "::1")) for info in found)
+            meant = host == "localhost" or host.startswith(("127.", "::1"))
+            if loopback and not meant:
+                return None
+        return hosts
 
     async def _dial(self, address: Address) -> None:
         loop = asyncio.get_running_loop()

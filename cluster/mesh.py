@@ -104,9 +104,9 @@ class Mesh:
         Misuse if this agent can listen nowhere.
         """
         own = (self.me.host, self.me.port)
-        host, port = await self._links.listen([*self.job.endpoints, own])
+        host, port = await self._links.listen([*self.job.endpoints, own], self.me.host)
         self._machine.founding.founder = (host, port) == self.job.endpoints[0]
-        self.me = replace(self.me, host=host, port=port)
+        self.me = replace(self.me, port=port)
         self._endpoints.linked((host, port), self.me.agent, time.monotonic())
         self._endpoints.answered((host, port))
         self._handle(ev.Described(time.monotonic(), self.me))

@@ -53,6 +53,9 @@ def torch_environment(
     group_rank = members.index(me)
     rank, world = sum(sizes[:group_rank]) + local_rank, sum(sizes)
     defaults = dict(ELASTIC_CUDA)
+    if config.interface:  # "=": NCCL would take eth01 for eth0, too
+        defaults |= {"GLOO_SOCKET_IFNAME": config.interface,
+                     "NCCL_SOCKET_IFNAME": f"={config.interface}"}  # fmt: skip
     if sizes[group_rank] > 1:
         defaults["OMP_NUM_THREADS"] = "1"
     values = {

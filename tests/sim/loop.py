@@ -107,8 +107,8 @@ class Loop(asyncio.AbstractEventLoop):
         return [(0, 0, 0, "", (host, port or 0))]
 
     async def create_server(self, factory: Any, host: Any, port: Any, **_: Any) -> Any:
-        address = (host, port or 30000 + self.process.pid)
-        if host != self.host or address in self.wires.listening:
+        address = (self.host, port or 30000 + self.process.pid)
+        if host != [self.host] or address in self.wires.listening:
             raise OSError(f"{address} cannot be bound here")
         self.wires.listening[address] = (self, factory)
         return Server(self.wires, address)
