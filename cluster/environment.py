@@ -17,8 +17,33 @@ LATCH_FD = "OUTLAST_LATCH_FD"
 JOB_KEY = "OUTLAST_JOB_KEY"
 DRILL = "OUTLAST_DRILL"  # SOCKET_PATH:point,point
 SWITCHES = "SLURM_TOPOLOGY_ADDR"
+# How many processes an MPI launcher has started: mpirun of Open MPI, Hydra and srun --mpi=pmi2.
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+PMIX_RANK, STEP_SIZE = "PMIX_RANK", "SLURM_STEP_NUM_TASKS"  # srun --mpi=pmix says no size itself
+# A worker is none of the launcher's processes, whatever its script imports.
+MPI_RANK = ("PMI_", "PMIX_", "OMPI_")
 SWITCH_KINDS = "SLURM_TOPOLOGY_ADDR_PATTERN"
 KEY_BYTES_MIN = 16
+# Steps from here on are SLURM's own, such as the shell of salloc.
+SPECIAL_STEPS = 0xFFFFFFF0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slurm:
+    """What SLURM says to a process of a job; all nodes as host lists.
+
+    step: the nodes of the step that this process is of; empty in a batch script or salloc's shell.
+    sole: the step has one task on every node. task: its process, as the node numbers it.
+    """
+
+    job: str
+    nodes: str
+    node: str
+    restarts: int
+    gpus: int
+    step: str
+    sole: bool
+    task: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +56,9 @@ class Environment:
     latch_fd: int | None
     job_key: bytes | None
     drill: Drill | None
+    mpi_size: int  # processes of the MPI job that this one is of, 0 if there is none
     rack: str  # the switches above this node as SLURM names them, empty where unset
+    slurm: Slurm | None
 
 
 def environment(variables: Mapping[str, str] | None = None) -> Environment:
@@ -48,14 +75,19 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
         agent_fd=_number(found, AGENT_FD),
         latch_fd=_number(found, LATCH_FD),
         job_key=None if key is None else key.encode(),
+        mpi_size=_mpi_size(found),
         rack=_rack(found),
         drill=_drill(found.get(DRILL)),
+        slurm=_slurm(found),
     )
 
 
 def inherited() -> dict[str, str]:
-    """A copy of this process's variables for a child, without the job key."""
-    return {name: value for name, value in os.environ.items() if name != JOB_KEY}
+    """A copy of this process's variables for a child, without the job key and MPI's."""
+    return {
+        name: value for name, value in os.environ.items()
+        if name != JOB_KEY and not name.startswith(MPI_RANK)
+    }  # fmt: skip
 
 
 def _drill(text: str | None) -> Drill | None:
@@ -72,6 +104,28 @@ def _rack(found: Mapping[str, str]) -> str:
     """SLURM's "switch.switch.node" without the node, whose name may contain dots."""
     switches = found.get(SWITCH_KINDS, "").count(".")
     return ".".join(found.get(SWITCHES, "").split(".")[:switches])
+
+
+def _slurm(found: Mapping[str, str]) -> Slurm | None:
+    job, nodes = found.get("SLURM_JOB_ID"), found.get("SLURM_JOB_NODELIST")
+    if not job or not nodes:
+        return None
+    counts = {name: int(text) if (text := found.get(f"SLURM_{name}", "")).isdecimal() else 0
+              for name in ("RESTART_COUNT", "GPUS_ON_NODE", "TASK_PID")}  # fmt: skip
+    step = found.get("SLURM_STEP_ID", "")
+    inside = step.isdecimal() and int(step) < SPECIAL_STEPS
+    return Slurm(
+        job=job, nodes=nodes, node=found.get("SLURMD_NODENAME", ""),
+        restarts=counts["RESTART_COUNT"], gpus=counts["GPUS_ON_NODE"],
+        step=found.get("SLURM_STEP_NODELIST", "") if inside else "",
+        sole=found.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1",
+        task=counts["TASK_PID"],
+    )  # fmt: skip
+
+
+def _mpi_size(found: Mapping[str, str]) -> int:
+    names = [*MPI_SIZES, *([STEP_SIZE] if PMIX_RANK in found else [])]
+    return next((int(found[name]) for name in names if found.get(name, "").isdecimal()), 0)
 
 
 def _number(found: Mapping[str, str], name: str) -> int | None:

@@ -32,8 +32,7 @@ Process = subprocess.Popen[bytes]
 
 def run_standalone(config: LaunchConfig, key: bytes | None) -> int:
     """Run the whole job here; returns its exit code. Without a key a fresh one is made."""
-    with _reserved(Path(config.log_dir)), _signals() as wakeup:
-        port = free_port("127.0.0.1")
+    with _reserved(Path(config.log_dir)), _free_port() as port, _signals() as wakeup:
         config = replace(config, endpoints=(f"127.0.0.1:{port}",), local_addr="127.0.0.1")
         key = key or secrets.token_bytes(32)
         count = config.max_nodes + config.spares
@@ -148,14 +147,16 @@ def _reserved(directory: Path) -> Iterator[None]:
         os.close(file)
 
 
-def free_port(host: str) -> int:
+@contextmanager
+def _free_port() -> Iterator[int]:
     """A port for the agents to meet at, below the ephemeral ones so that no connection takes it."""
     for _ in range(100):
         port = 10000 + secrets.randbelow(10000)
         with socket.socket() as probe:
             try:
-                probe.bind((host, port))
+                probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-        return port
-    raise Misuse(f"no free port between 10000 and 20000 on {host or 'this machine'}")
+        yield port
+        return
+    raise Misuse("no free port between 10000 and 20000 on 127.0.0.1")

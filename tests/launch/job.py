@@ -21,14 +21,16 @@ WAIT_S = 20.0
 
 
 class Job:
-    """`outlast launch` with these arguments; logs go to `directory`."""
+    """`outlast launch` with these arguments, started by `by`; logs go to `directory`."""
 
-    def __init__(self, directory: Path, *arguments: str, **environment: str) -> None:
+    def __init__(
+        self, directory: Path, *arguments: str, by: tuple[str, ...] = (), **environment: str
+    ) -> None:
         self.directory = directory
         self._output = directory.with_suffix(f".{time.time_ns()}.out")
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                [*COMMAND, "--log-dir", str(directory), *arguments],
+                [*by, *COMMAND, "--log-dir", str(directory), *arguments],
                 stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environment},
             )  # fmt: skip
 
