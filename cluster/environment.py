@@ -33,6 +33,7 @@ class Slurm:
     """What SLURM says to a process of a job; all nodes as host lists.
 
     step: the nodes of the step that this process is of; empty in a batch script or salloc's shell.
+    step_id: number of that step.
     sole: the step has one task on every node. task: its process, as the node numbers it.
     """
 
@@ -42,6 +43,7 @@ class Slurm:
     restarts: int
     gpus: int
     step: str
+    step_id: str
     sole: bool
     task: int
 
@@ -117,7 +119,7 @@ def _slurm(found: Mapping[str, str]) -> Slurm | None:
     return Slurm(
         job=job, nodes=nodes, node=found.get("SLURMD_NODENAME", ""),
         restarts=counts["RESTART_COUNT"], gpus=counts["GPUS_ON_NODE"],
-        step=found.get("SLURM_STEP_NODELIST", "") if inside else "",
+        step=found.get("SLURM_STEP_NODELIST", "") if inside else "", step_id=step,
         sole=found.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1",
         task=counts["TASK_PID"],
     )  # fmt: skip

@@ -27,6 +27,7 @@ from outlast.launch.eviction import condemn, waiting
 from outlast.launch.interface import choose
 from outlast.launch.link import Message
 from outlast.launch.metrics_log import MetricsLog
+from outlast.launch.outcome_log import OutcomeLog
 from outlast.launch.plain_job import PlainJob
 from outlast.launch.progress import Progress
 from outlast.launch.spare import Spare
@@ -58,6 +59,7 @@ class Agent:
         self.events = EventLog(directory, self.node, self.agent)
         self.metrics = MetricsLog(directory / "metrics.jsonl")
         self.progress = Progress(console, config.job, config.log_dir, self.agent)
+        self.outcomes = OutcomeLog(directory, config.job, config.requeues, self.node)
         self.crew = Crew(config, self, directory / self.node / self.agent)
         self.desk = WorkerDesk(self)
         self.view: View | None = None
@@ -110,6 +112,9 @@ class Agent:
                 if task is not None:
                     task.cancel()
                     await asyncio.wait([task])
+        # Asked now: those that end with us are about to leave, or have just done so.
+        gone = {a for a in self.mesh.detector.suspects if self.progress.causes.get(a) != "left"}
+        there = [m.node for m in self.view.members if m.agent not in gone] if self.view else ()
         await self.crew.stop(self.grace_s if outcome.graceful else 0)
         if outcome.code in (0, EXIT_FAILED):
             # The end of the job is on its way to the others: it must not be overtaken by our own.
@@ -119,6 +124,8 @@ class Agent:
         self.event("finished" if outcome.code == 0 and not outcome.rejoin else "stopped",
                    code=outcome.code, cause=outcome.text)  # fmt: skip
         self.events.close()
+        if not outcome.rejoin:
+            self.outcomes.write(self.agent, outcome, self.metrics.newest, there)
         return outcome
 
     @property
@@ -214,6 +221,7 @@ class Agent:
             return
         first, waited = self.view is None, self.spare.waits
         self.view, self.running = view, None
+        self.outcomes.follow(view)
         self.times = {"detected": detected, "agreed": agreed}
         tell_ranks(self.crew, view)
         self.desk.relay.install(view.generation)

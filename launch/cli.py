@@ -19,6 +19,7 @@ from outlast.cluster.environment import KEY_BYTES_MIN, environment
 from outlast.cluster.errors import Misuse
 from outlast.launch.config import LaunchConfig, key_values, node_range
 from outlast.launch.processor import worker_count
+from outlast.launch.surroundings import Surroundings, shared_key, surroundings
 from outlast.launch.topology import read_racks
 
 EXIT_MISUSE = 2
@@ -27,9 +28,10 @@ NOTED = "Accepted for torchrun's sake; outlast has no such choice."
 # name, type (None: a flag), default, help, and a short form; in the order of the help: who takes
 # part, what becomes of losses, the script, what is written, and last what torchrun also has
 OPTIONS: tuple[tuple[str, Any, Any, str, str], ...] = (
-    ("nnodes", str, "1", "Number of nodes: N, or MIN:MAX.", ""),
+    ("nnodes", str, "", "Number of nodes: N, or MIN:MAX [default: 1, or the allocation's].", ""),
     ("spares", int, 0, "Nodes beyond those that wait, ready, for a lost one's place.", ""),
-    ("nproc-per-node", str, "1", "Workers per node: a number, auto, cpu or gpu.", ""),
+    ("nproc-per-node", str, "", "Workers per node: a number, auto, cpu or gpu [default: 1, or one "
+     "for each GPU that SLURM gives].", ""),
     ("standalone", None, False, "All nodes on this machine; no endpoint or key needed.", ""),
     ("rdzv-endpoint", str, "", "Where agents meet: HOST:PORT[,HOST:PORT…].", ""),
     ("rdzv-id", str, "none", "Name of the job.", ""),
@@ -48,6 +50,9 @@ OPTIONS: tuple[tuple[str, Any, Any, str, str], ...] = (
     ("shutdown-timeout", float, None, "Seconds from SIGTERM to SIGKILL [50 heartbeats].", ""),
     ("module", None, False, "SCRIPT is a Python module.", "m"),
     ("no-python", None, False, "Run SCRIPT itself, not with Python.", ""),
+    ("tries", int, 3, "Under SLURM, starts in a row that come to no new step.", ""),
+    ("no-requeue", None, False, "Under SLURM, not to start the job again.", ""),
+    ("drain", None, False, "Under SLURM, to drain bad nodes; needs an operator's rights.", ""),
     ("role", str, "default", "ROLE_NAME of the workers.", ""),
     ("log-dir", str, "", "Directory of logs [default: outlast_logs/JOB].", ""),
     ("checkpoint-dir", str, "", "Where a stopped job leaves its state, and a started one looks for "
@@ -90,12 +95,19 @@ def commands() -> None:
 @click.argument("script_args", nargs=-1, type=click.UNPROCESSED)
 def launch(**options: Any) -> None:
     """Run SCRIPT on this node, as torchrun does; what follows SCRIPT is its own."""
-    config = config_from_options(options)
-    key = job_key(options["job_key_file"], config)
+    found = None
+    if not (options["standalone"] or options["rdzv_endpoint"] or options["master_addr"]):
+        found = surroundings(options["interface"])
+    config = config_from_options(options, found)
+    key = job_key(options["job_key_file"], config, found)
     try:
         Path(config.log_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Misuse(f"--log-dir: {error}") from error
+    if found is not None and found.supervises:
+        from outlast.launch.supervisor import Supervisor
+
+        sys.exit(Supervisor(config, found, options).run())
     if config.standalone:
         from outlast.launch.standalone import run_standalone
 
@@ -103,7 +115,12 @@ def launch(**options: Any) -> None:
     from outlast.launch.node import run_node
 
     assert key is not None, "job_key refuses"
-    sys.exit(run_node(config, key))
+    code = run_node(config, key)
+    if found is not None and found.slurm:
+        from outlast.launch.slurm_job import outlive_supervisor
+
+        outlive_supervisor(Path(config.log_dir), config.job, config.node)
+    sys.exit(code)
 
 
 @commands.command(context_settings={"allow_interspersed_args": False})
@@ -158,18 +175,47 @@ def plan_stripes(**options: Any) -> None:
     plan_stripes(options, Console())
 
 
-def config_from_options(options: dict[str, Any]) -> LaunchConfig:
-    """The config behind the flags; raises Misuse."""
-    low, high = node_range(options["nnodes"])
+@commands.command()
+@click.option("--nproc-per-node", default="1", help="Workers of a node.", show_default=True)
+@click.option("--bytes-per-worker", default="0", help="Memory that one will need, such as 32GB.")
+@click.option("--interface", default="", help="Interface to the other nodes: name, network or "
+              "address [default: the way to them].")
+@click.option("--log-dir", default="", help="Where the job will write [default: as launch].")
+@click.option("--nodes", default="", help="NODE,NODE,… to compare [default: the allocation].")
+@click.option("--node-name", default="", help="Name of this node [default: its host name].")
+@click.option("--meet", default="", metavar="DIR",
+              help="New directory that these nodes share; SLURM needs none.")
+@click.option("--json", "as_json", default="", metavar="FILE", help="Write the findings, too.")
+def doctor(**options: Any) -> None:
+    """Check this node, or all nodes of the allocation, and name the bad ones.
+
+    Exit code: 0 healthy, 1 sick, 2 misuse.
+    """
+    from rich.console import Console
+
+    from outlast.launch.doctor import leave, run_doctor
+
+    leave(run_doctor(options, Console()))
+
+
+def config_from_options(
+    options: dict[str, Any], found: Surroundings | None = None
+) -> LaunchConfig:
+    """The config behind the flags, and behind what was found where none is given; raises Misuse."""
+    low, high = node_range(options["nnodes"] or "1")
+    if found is not None and not options["nnodes"]:
+        low, high = found.node_range(options["spares"])
     key_values(options["rdzv_conf"])
     endpoint = options["rdzv_endpoint"]
     if not endpoint and options["master_addr"]:
         endpoint = f"{options['master_addr']}:{options['master_port'] or 29400}"
-    local = options["standalone"] or (high == 1 and not endpoint)
+    local = options["standalone"] or (high == 1 and not endpoint and found is None)
     job = options["rdzv_id"]
-    if local and job == "none":
-        job = f"job-{secrets.token_hex(4)}"
-    log_dir = options["log_dir"] or f"outlast_logs/{job}"
+    if job == "none" and (local or found is not None):
+        job = f"job-{secrets.token_hex(4)}" if found is None else found.job
+    log_dir = options["log_dir"] or (f"outlast_logs/{job}" if found is None else found.log_dir)
+    endpoints = tuple(text.strip() for text in endpoint.split(",") if text)
+    workers = found.nproc if found is not None and found.nproc else 1
     ranks = [text for text in options["local_ranks_filter"].split(",") if text.strip()]
     if not all(text.strip().isdecimal() for text in ranks):
         raise Misuse("--local-ranks-filter: give local ranks such as 0,1")
@@ -179,8 +225,8 @@ def config_from_options(options: dict[str, Any]) -> LaunchConfig:
         script_args=tuple(options["script_args"]),
         min_nodes=low,
         max_nodes=high,
-        nproc_per_node=worker_count(options["nproc_per_node"]),
-        endpoints=() if local else tuple(text.strip() for text in endpoint.split(",") if text),
+        nproc_per_node=worker_count(options["nproc_per_node"] or str(workers)),
+        endpoints=() if local else endpoints if found is None else found.endpoints,
         job=job,
         standalone=local,
         max_restarts=options["max_restarts"],
@@ -194,22 +240,31 @@ def config_from_options(options: dict[str, Any]) -> LaunchConfig:
         local_ranks_filter=tuple(int(text) for text in ranks),
         local_addr=options["local_addr"],
         interface=options["interface"],
-        node=options["node_name"] or ("node" if local else socket.gethostname()),
+        node=options["node_name"] or (
+            found.node if found is not None else "node" if local else socket.gethostname()
+        ),
         heartbeat_s=options["heartbeat"],
         spares=options["spares"],
         racks=read_racks(options["topology"]) if options["topology"] else {},
         rebalance=options["rebalance"],
         poison=options["poison"],
         shutdown_timeout_s=options["shutdown_timeout"],
+        requeues=found.requeues if found is not None else 0,
     )
 
 
-def job_key(path: str, config: LaunchConfig) -> bytes | None:
-    """The key from the file or the environment; None where a standalone job makes its own."""
+def job_key(path: str, config: LaunchConfig, found: Surroundings | None = None) -> bytes | None:
+    """The key from the file, the environment or the surroundings; None where a standalone job
+    makes its own."""
     try:
         key = Path(path).read_bytes().strip() if path else environment().job_key
     except OSError as error:
         raise Misuse(f"--job-key-file: {error}") from error
+    try:
+        if key is None and found is not None:
+            key = found.key or shared_key(Path(config.log_dir) / "key")
+    except OSError as error:
+        raise Misuse(f"--log-dir: {error}") from error
     if key is None and not config.standalone:
         raise Misuse(
             "several nodes need a secret key, the same on each: export OUTLAST_JOB_KEY="

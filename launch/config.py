@@ -44,6 +44,7 @@ class LaunchConfig:
     poison: str = "evict"
     shutdown_timeout_s: float | None = None
     checkpoint_dir: str = ""
+    requeues: int = 0  # how often a scheduler has started the job before
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""

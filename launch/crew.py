@@ -163,7 +163,9 @@ class Crew:
         running = [s.process for s in self.slots if s.process and not s.process.gone.is_set()]
         for worker in running:
             worker.expected = True
-            worker.signal(signal.SIGTERM if grace_s else signal.SIGKILL)
+            # One that speaks outlast and has no handler of its own ignores what others heed.
+            heeds = not worker.attached or worker.catches(signal.SIGTERM)
+            worker.signal(signal.SIGTERM if grace_s and heeds else signal.SIGKILL)
             worker.signal(signal.SIGCONT)
         waits = [asyncio.create_task(worker.gone.wait()) for worker in running]
         if waits:

@@ -24,6 +24,7 @@ def condemn(
     holder, generation = field(message, "holder", int), field(message, "generation", int)
     if agent.view is None or generation != agent.view.generation:
         return
+    agent.outcomes.evict(agent.view, holder)
     if broadcast is not None:
         broadcast(message)
     for slot in agent.crew.slots:

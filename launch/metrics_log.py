@@ -23,15 +23,15 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._records: dict[int, bytes] = {}
-        self._newest = -1
+        self.newest = -1  # step that is known to be committed
         self.founding = False
         self._found = -1  # bytes that the file of an earlier run had when the job was founded
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """Keep the values of a committed step; the first report of a step counts."""
-        if step <= self._newest:
+        if step <= self.newest:
             return
-        self._newest = step
+        self.newest = step
         line = {**metrics, "step": step, "time": time.time()}
         self._records[step] = json.dumps(line).encode() + b"\n"
         if len(self._records) > KEPT_RECORDS:

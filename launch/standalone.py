@@ -32,7 +32,7 @@ Process = subprocess.Popen[bytes]
 
 def run_standalone(config: LaunchConfig, key: bytes | None) -> int:
     """Run the whole job here; returns its exit code. Without a key a fresh one is made."""
-    with _reserved(Path(config.log_dir)), _free_port() as port, _signals() as wakeup:
+    with _reserved(Path(config.log_dir)), _free_port() as port, signals() as wakeup:
         config = replace(config, endpoints=(f"127.0.0.1:{port}",), local_addr="127.0.0.1")
         key = key or secrets.token_bytes(32)
         count = config.max_nodes + config.spares
@@ -51,10 +51,8 @@ def run_standalone(config: LaunchConfig, key: bytes | None) -> int:
                 agent.kill()  # no effect on those that have ended
                 agent.wait()
     codes = [agent.returncode for agent in agents]
-    if signalled:
-        return 128 + signalled
     ended = [code for code in codes if code >= 0]  # 0 is agreed among all that are left
-    return min(ended, default=EXIT_KILLED)
+    return min(ended, default=128 + signalled if signalled else EXIT_KILLED)
 
 
 def _start(config: LaunchConfig, key: bytes) -> Process:
@@ -116,7 +114,7 @@ def _watch(agents: list[Process], wakeup: socket.socket, config: LaunchConfig) -
 
 
 @contextmanager
-def _signals() -> Iterator[socket.socket]:
+def signals() -> Iterator[socket.socket]:
     """A socket from which the numbers of the signals that end a job can be read."""
     ours, wakeup = socket.socketpair()
     with ours, wakeup:

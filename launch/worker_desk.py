@@ -123,6 +123,7 @@ class WorkerDesk:
             self._agent.metrics.write()
         elif name == "loaded":
             self._agent.metrics.founding = False  # what an earlier start wrote is this job's own
+            self._agent.outcomes.source = field(message, "step", int)
             self._agent.progress.loaded(message)
         elif name == "resumed" and not self._agent.trained:
             self._agent.trained = True

@@ -14,6 +14,8 @@ has to be done again. When it ends, the step is committed on every rank."""
 
 import hashlib
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import TracebackType
@@ -68,9 +70,19 @@ def init(
     keep_pages()
     pin(threads, found.local_rank)
     seed_all(seed)
+    if found.agent_fd is not None and threading.current_thread() is threading.main_thread():
+        _leave_signals_to_agent()
     link: Link = SoloLink() if found.agent_fd is None else AgentLink(found.agent_fd, found.latch_fd)
     failpoint.arm(found.drill, node=link.identity.node, holder=link.identity.holder)
     return Run(link, settings)
+
+
+def _leave_signals_to_agent() -> None:
+    """A scheduler sends its signals to every process of a node; the agent brings the job to an end,
+    and for that it needs its workers. A handler of the script's stays."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, signal.SIG_IGN)
 
 
 class Run:

@@ -1,0 +1,118 @@
+"""What becomes of a job after a start has ended: it is done, starts again, or stops with a reason.
+
+A start that was stopped by a signal is no failure. Any other is worth another try as long as the
+job gets further: `tries` starts in a row without a new step are a crash loop, and so is a script
+that failed twice on the way from the same stored step to the same place.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from signal import SIGUSR1
+
+from outlast.launch.outcome_log import Record
+
+EXIT_FAILED = 1
+EXIT_AGAIN = 75  # EX_TEMPFAIL
+CUT_OFF = 75  # of an agent that lost the majority: those it lost may well go on
+
+
+class Kind(Enum):
+    """How a start ended."""
+
+    DONE = "done"
+    STOPPED = "stopped"  # by a signal
+    FAILED = "failed"  # its script, for all
+    LOST = "lost"  # more nodes than it could lose
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One start of the job, out of the records of its agents; steps are -1 for none."""
+
+    kind: Kind
+    step: int
+    source: int
+    signal: int
+    text: str
+    records: tuple[Record, ...]
+
+    @staticmethod
+    def of(records: Collection[Record]) -> "Start":
+        """The start that these records are of."""
+        step = max((r.step for r in records), default=-1)
+        source = max((r.source for r in records), default=-1)
+        for kind, chosen in (
+            (Kind.DONE, [r for r in records if r.code == 0]),
+            (Kind.STOPPED, [r for r in records if r.stopped]),
+            (Kind.STOPPED, [r for r in records if r.signal == SIGUSR1]),
+            (Kind.FAILED, [r for r in records if r.code == EXIT_FAILED]),
+            (Kind.LOST, [r for r in records if r.code == CUT_OFF]),
+            (Kind.STOPPED, [r for r in records if r.signal]),
+            (Kind.LOST, sorted(records, key=lambda r: r.time)),
+        ):
+            if chosen:
+                end = chosen[-1]
+                return Start(kind, step, source, end.signal, end.text, tuple(records))
+        return Start(Kind.LOST, -1, -1, 0, "no agent is left that could say why", ())
+
+    @property
+    def over(self) -> bool:
+        """Whether what is known is the end of all of its agents."""
+        return any(r.stopped or r.code in (0, EXIT_FAILED) for r in self.records)
+
+    def bad(self, nodes: Collection[str]) -> tuple[str, ...]:
+        """The nodes to do without, of those of the start: poisoned, lost, or gone without a
+        word. An agent that is cut off itself blames nobody: all the others seem lost to it."""
+        blamed = {node for r in self.records if r.code != CUT_OFF for node in r.lost}
+        if self.records and self.kind is not Kind.STOPPED:
+            blamed |= {*nodes} - {r.node for r in self.records}
+        blamed -= {r.node for r in self.records if r.code != CUT_OFF}
+        blamed |= {node for r in self.records for node in r.evicted}
+        return tuple(node for node in nodes if node in blamed)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """again: start it again; `code`: the exit code if not, or if that cannot be done."""
+
+    again: bool
+    code: int
+    text: str
+    bad: tuple[str, ...] = ()
+
+
+def decide(
+    records: Sequence[Record], restart: int, nodes: Collection[str], tries: int
+) -> Decision:
+    """What to do after the start number `restart` on these nodes, given the records of all."""
+    starts = [Start.of([r for r in records if r.restart == n]) for n in range(restart + 1)]
+    last, bad = starts[-1], starts[-1].bad(nodes)
+    if last.kind is Kind.DONE:
+        return Decision(False, 0, "job finished", bad)
+    if last.kind is Kind.STOPPED:
+        # Whoever sends anything else is ending the job himself.
+        return Decision(last.signal == SIGUSR1, 128 + last.signal, last.text, bad)
+    new = list(_new_steps(starts))
+    row = next((n for n, got in enumerate(reversed(new)) if got), len(new))
+    stale = sum(start.kind is not Kind.STOPPED for start in starts[len(starts) - row :])
+    failed = [start for start in starts if start.kind is Kind.FAILED]
+    text = f"{last.kind.value} at step {last.step}" if last.step >= 0 else last.kind.value
+    text += f" ({last.text})" if last.text else ""
+    same = [start.source for start in failed[-2:]] == [last.source, last.source]
+    if last.kind is Kind.FAILED and same and not new[-1]:
+        whence = f"step {last.source}" if last.source >= 0 else "the start"
+        why = f"the script failed {len(failed)} times, now twice from {whence} without a new step"
+    elif stale >= tries:
+        why = f"{stale} starts in a row came to no new step"
+    else:
+        return Decision(True, EXIT_AGAIN, text, bad)
+    return Decision(False, EXIT_FAILED, f"{text}; not started again: {why}", bad)
+
+
+def _new_steps(starts: Sequence[Start]) -> Iterator[bool]:
+    """Of each start, whether it came further than all before."""
+    best = -1
+    for start in starts:
+        yield start.step > best
+        best = max(best, start.step)

@@ -1,0 +1,117 @@
+"""One start of a job in an allocation of SLURM: what all of its processes know, and its end.
+
+The supervisor concludes. Its node is one like the others: where it is gone, one of the agents
+does, and ends the job, which SLURM would call running until its time limit. Invariant: a start is
+concluded once.
+"""
+
+import json
+import signal
+import socket
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from outlast.launch.conclusion import EXIT_AGAIN, EXIT_FAILED, Start, decide
+from outlast.launch.outcome_log import Record, read_outcomes
+from outlast.launch.slurm import command, drain, nodes_of, requeue, say
+
+FILE = "job.json"
+PROBE_S = 1.0
+MISSED_MAX = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlurmJob:
+    """A start of a job, as its supervisor leaves it in the log directory.
+
+    supervisor: "host:port" where it listens as long as it lives. flags: with which agents that
+    come later join; arguments: those of the supervisor's own command.
+    """
+
+    job: str
+    number: str  # of SLURM
+    restart: int
+    nodes: tuple[str, ...]
+    supervisor: str
+    tries: int
+    requeue: bool
+    drain: bool
+    flags: tuple[str, ...]
+    arguments: tuple[str, ...]
+
+    def write(self, directory: Path) -> None:
+        """Replace the file of an earlier start."""
+        fresh = directory / f".{FILE}"
+        fresh.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        fresh.replace(directory / FILE)
+
+    @staticmethod
+    def read(directory: Path) -> "SlurmJob | None":
+        """The start that wrote there last."""
+        try:
+            values = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return SlurmJob(**{**values, **lists})
+
+    def records(self, directory: Path) -> list[Record]:
+        """How the agents of this start and of those before it ended."""
+        name = self.job.rpartition("-")[0]
+        return [r for r in read_outcomes(directory) if r.job.rpartition("-")[0] == name]
+
+    def start(self, directory: Path) -> Start:
+        """What is known of this start."""
+        return Start.of([r for r in self.records(directory) if r.restart == self.restart])
+
+    def conclude(self, directory: Path) -> int | None:
+        """Say and do what is to become of the job; its exit code, None if it starts again."""
+        with suppress(FileExistsError):
+            (directory / f".concluded-{self.restart}").touch(exist_ok=False)
+            decision = decide(self.records(directory), self.restart, self.nodes, self.tries)
+            if decision.code in (EXIT_FAILED, EXIT_AGAIN):
+                say(decision.text)  # of the rest, the agents have said it
+            if self.drain:
+                drain(self.number, decision.bad)
+            if not (decision.again and self.requeue):
+                return decision.code
+            if not (wrong := requeue(self.number, decision.bad, len(self.nodes))):
+                return None
+            say(f"cannot start again by itself ({wrong}): start it with the same --log-dir")
+            return decision.code
+        return None  # somebody else did
+
+
+def answers(address: str) -> bool:
+    """Whether a process listens at "host:port"."""
+    host, _, port = address.rpartition(":")
+    with suppress(OSError), socket.create_connection((host, int(port)), PROBE_S):
+        return True
+    return False
+
+
+def outlive_supervisor(directory: Path, job: str, node: str) -> None:
+    """After the end of a node's agent: conclude if the supervisor's node is gone.
+
+    It is waited for until nothing more comes of the start: a node whose agent left no record may
+    go on behind a cut, until SLURM takes it out of the job.
+    """
+    start = SlurmJob.read(directory)
+    host = start.supervisor.rpartition(":")[0] if start is not None else node
+    if start is None or start.job != job or host == node or host not in start.nodes:
+        return  # its node is this one, or one outside that lives as long as the allocation
+    missed = 0
+    while missed < MISSED_MAX:
+        if answers(start.supervisor):
+            return
+        known = start.start(directory)
+        silent = {*start.nodes} - {record.node for record in known.records}
+        here = () if known.over or not silent else nodes_of(start.number)
+        missed += known.over or not silent or (bool(here) and not silent & {*here})
+        time.sleep(PROBE_S)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if start.conclude(directory) is not None:
+        say(f"{host}, which ran the batch script, is gone: {node} ends the job")
+        command("scancel", start.number)
