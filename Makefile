@@ -8,13 +8,14 @@ DEMO ?=
 BENCHMARKS := plan codec average membership memory steady recovery same_bits drill soak
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint types test test-long test-gpu bench clean
+.PHONY: help setup demo lint types test test-long test-slurm test-gpu bench clean
 
 help:
 	@echo "make setup      create $(VENV) and install the pinned packages"
 	@echo "make demo       kill workers and nodes of a small run and compare it with its twin"
 	@echo "make test       style, types and the short tests"
 	@echo "make test-long  the tests marked long"
+	@echo "make test-slurm the tests on a real SLURM cluster, which it makes here (as root)"
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make bench      every benchmark (about an hour)"
 	@echo "make clean      remove what these targets made, $(VENV) included"
@@ -45,10 +46,14 @@ types: setup
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/python -m pytest -m "not long and not gpu"
+	$(BIN)/python -m pytest -m "not long and not gpu and not slurm"
 
 test-long: setup
-	$(BIN)/python -m pytest -m "long and not gpu"
+	$(BIN)/python -m pytest -m "long and not gpu and not slurm"
+
+# Installs SLURM where it can. Where it cannot the tests say "not run"; with CI set they fail.
+test-slurm: setup
+	$(BIN)/python -m pytest -m slurm -rs tests/slurm
 
 test-gpu: setup
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
