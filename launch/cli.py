@@ -124,6 +124,40 @@ def launch(**options: Any) -> None:
 
 
 @commands.command(context_settings={"allow_interspersed_args": False})
+@_with_options
+@click.option("--nodes", default=0, help="Nodes that train; --spares come on top.")
+@click.option("--time", default="", help="Time limit as sbatch takes it, such as 2:00:00.")
+@click.option("--partition", default="", help="As of sbatch.")
+@click.option("--account", default="", help="As of sbatch.")
+@click.option("--qos", default="", help="As of sbatch.")
+@click.option("--gpus-per-node", default="", help="As of sbatch.")
+@click.option("--job-name", default="", help="As of sbatch [default: the script's].")
+@click.option("--sbatch", default="", metavar="FLAGS", help="Further flags of sbatch, in quotes.")
+@click.option("--grace", default=60, show_default=True,
+              help="Seconds before the time limit or preemption in which state goes to storage.")
+@click.option("--join", default="", metavar="JOBID", help="Add nodes to this running job instead.")
+@click.option("--print", "print_only", is_flag=True, help="Show the batch script, submit nothing.")
+@click.argument("script", required=False)
+@click.argument("script_args", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def submit(context: click.Context, **options: Any) -> None:
+    """Have SLURM run SCRIPT: as with `outlast launch`, whose flags this takes, too."""
+    from outlast.launch.submit import submit
+
+    sys.exit(submit(options, _given(context)))
+
+
+def _given(context: click.Context) -> list[str]:
+    """The flags of `outlast launch` that stand on the command line."""
+    words = []
+    for name, kind, *_ in OPTIONS:
+        variable = name.replace("-", "_")
+        if context.get_parameter_source(variable) is click.core.ParameterSource.COMMANDLINE:
+            words += [f"--{name}"] if kind is None else [f"--{name}", str(context.params[variable])]
+    return words
+
+
+@commands.command(context_settings={"allow_interspersed_args": False})
 @click.option("--nodes", default=4, help="Pretended nodes of this machine, at least 3.")
 @click.option("--nproc-per-node", default=1, help="Workers of each.")
 @click.option("--spares", default=0, help="Warm nodes beyond those.")

@@ -26,8 +26,8 @@ MISSED_MAX = 3
 class SlurmJob:
     """A start of a job, as its supervisor leaves it in the log directory.
 
-    supervisor: "host:port" where it listens as long as it lives. flags: with which agents that
-    come later join; arguments: those of the supervisor's own command.
+    supervisor: "host:port" where it listens as long as it lives. here: the directory it runs in.
+    flags: with which agents that come later join; arguments: those of the supervisor's command.
     """
 
     job: str
@@ -38,6 +38,7 @@ class SlurmJob:
     tries: int
     requeue: bool
     drain: bool
+    here: str
     flags: tuple[str, ...]
     arguments: tuple[str, ...]
 

@@ -28,14 +28,19 @@ STEP = (
     "srun", "--nodes=1", "--ntasks=1", "--overlap", "--whole", "--export=ALL", "--mpi=none",
     "--cpu-bind=none", "--input=none", "--no-kill", "--kill-on-bad-exit=0", "--unbuffered",
     "--disable-status",  # a SIGINT would only make it say how the task is
+    # Written by the node itself: output through srun would stop a script when srun's node is dead.
+    "--open-mode=append",
 )  # fmt: skip
+CONSOLE = "console-{}.log"
 
 
 class Step:
     """The agent of one node, as srun shows it."""
 
-    def __init__(self, node: str) -> None:
+    def __init__(self, node: str, directory: Path) -> None:
         self.node = node
+        self._console = directory / CONSOLE.format(node)
+        self._copied = self._console.stat().st_size if self._console.exists() else 0
         self.gone = False  # it is not started again
         self.known = 0  # records of the node from before the agent was started
         self.due = 0.0
@@ -49,9 +54,22 @@ class Step:
 
     def start(self, known: int = 0) -> None:
         """Begin; in a session of its own, because Ctrl-C is the supervisor's to hand on."""
-        words = [*STEP, f"--nodelist={self.node}", sys.executable, *sys.orig_argv[1:]]
+        output = self._console.with_name(CONSOLE.format("%N"))
+        words = [*STEP, f"--nodelist={self.node}", f"--output={output}", sys.executable]
+        words += sys.orig_argv[1:]
         self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
         self.known, self.due, self._started = known, 0.0, time.monotonic()
+
+    def copy(self) -> None:
+        """Show the lines that the node has written since."""
+        if self._console.exists():
+            with self._console.open("rb") as file:
+                file.seek(self._copied)
+                fresh = file.read()
+            whole = fresh.rfind(b"\n") + 1
+            self._copied += whole
+            sys.stdout.buffer.write(fresh[:whole])
+            sys.stdout.buffer.flush()
 
     def signal(self, number: int) -> None:
         """Send to srun, which hands SIGINT and SIGUSR1 on."""
@@ -73,7 +91,7 @@ class Supervisor:
         self.config, self.found, self.options = config, found, options
         self.directory = Path(config.log_dir).absolute()
         self.timing = Timing(heartbeat_s=config.heartbeat_s)
-        self.steps = [Step(node) for node in found.nodes]
+        self.steps = [Step(node, self.directory) for node in found.nodes]
         self.signal = 0  # that somebody sent to end the job, other than SLURM's warning
         self._over: float | None = None
 
@@ -91,7 +109,9 @@ class Supervisor:
             while not self._ended(job):
                 self._hear(wakeup)
                 self._revive(job)
+                self._copy()
                 _answer(server)
+            self._copy()
             if self.signal:
                 return 128 + self.signal
             code = job.conclude(self.directory)
@@ -110,6 +130,7 @@ class Supervisor:
             job=config.job, number=found.slurm, restart=found.requeues, nodes=found.nodes,
             supervisor=f"{found.node}:{port}", tries=self.options["tries"],
             requeue=not self.options["no_requeue"], drain=self.options["drain"],
+            here=str(Path.cwd()),
             flags=tuple(str(word) for pair in flags.items() for word in pair),
             arguments=tuple(sys.argv[sys.argv.index("launch") + 1 :]),
         )  # fmt: skip
@@ -164,6 +185,10 @@ class Supervisor:
                 if not step.gone:
                     say(f"the agent of {step.node} is started again")
                     step.start(len(records))
+
+    def _copy(self) -> None:
+        for step in self.steps:
+            step.copy()
 
     def _reached(self, steps: list[Step]) -> bool:
         return any(answers(f"{step.node}:{job_port(self.found.job)}") for step in steps)
