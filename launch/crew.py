@@ -307,7 +307,7 @@ def dismiss(crew: Crew) -> None:
         worker = slot.process
         if worker is None:
             slot.closed = True
-        elif not slot.member and not slot.done:
+        elif not (slot.member or slot.done or worker.lost):  # of the lost more is to be heard
             slot.closed = worker.expected = True
             worker.signal(signal.SIGTERM)
 

@@ -95,6 +95,7 @@ class Ending:
         dismiss(self._agent.crew)
         if self._agent.spare.waits:
             self._release()
+        self._agent.describe()
 
     def stored(self, step: int) -> None:
         """A worker somewhere has seen the step on storage."""

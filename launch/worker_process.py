@@ -66,7 +66,7 @@ class WorkerProcess:
         self.hung = False  # it did not answer though nobody stopped it: likely the script's fault
         self.error = ""
         self.gone = asyncio.Event()
-        self._lost = False
+        self.lost = False
         self._watcher = watcher
         self._loop = asyncio.get_running_loop()
         self._link = Link(lambda message: watcher.said(self, message))
@@ -131,8 +131,8 @@ class WorkerProcess:
     def lose(self, cause: str) -> None:
         """Fence it and report it lost, once."""
         self.signal(signal.SIGKILL)
-        if not self._lost and not self.expected:
-            self._lost = True
+        if not self.lost and not self.expected:
+            self.lost = True
             self._watcher.lost(self, cause)
 
     def check_silence(self, timing: Timing, now: float) -> None:

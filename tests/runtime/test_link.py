@@ -1,0 +1,34 @@
+"""What the runtime reads out of a view and its settings."""
+
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from outlast.checkpoint.records import Protection
+from outlast.cluster.view import Member, View, Worker
+from outlast.layout.space import Space, Tensor
+from outlast.runtime.link import Generation
+from outlast.runtime.training import Settings
+
+
+def generation(*members: Member) -> Generation:
+    group: Any = None
+    return Generation(View(3, members), group, 0.0, 0.0, 0.0, Future())
+
+
+def test_what_fails_together_is_the_rack_then_the_agent() -> None:
+    first = Member("a1", "n", "h", 1, (Worker(7, 0), Worker(8, 1)), rack="r1")
+    second = Member("a2", "n", "h", 2, (Worker(9, 0),), rack="r2")  # of the same name
+    found = generation(first, second)
+    assert found.domains == {7: "r1/a1", 8: "r1/a1", 9: "r2/a2"}
+    assert [found.first_of_node(holder) for holder in (7, 8, 9)] == [7, 7, 9]
+
+
+@pytest.mark.parametrize("average", [None, "squared"])
+def test_a_step_is_protected_as_the_script_says(average: str | None) -> None:
+    space = Space.of([Tensor("head.weight", (64, 2), "float32")], lambda name: name)
+    protection = Settings(parity=2, group=5, average=average).protection(space)
+    assert (protection.m, protection.group) == (2, 5)
+    assert bool(protection.edges) == (average is not None)
+    assert protection != Protection(2, 16, protection.edges)
