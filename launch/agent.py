@@ -201,7 +201,8 @@ class Agent:
                 pause_s = slot.pause_s(self.timing.heartbeat_s) if view.workers else 0.0
                 asyncio.get_running_loop().call_later(pause_s, self._refill, slot, view, worker)
             elif (code > 0 and not self.spare.waits) or self.view is None:
-                self.fail(text)
+                cause = worker.failure_text().strip().splitlines()[-1:]
+                self.fail(": ".join([text, *cause]))
             else:
                 self.describe()
             return

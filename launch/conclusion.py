@@ -15,6 +15,7 @@ from outlast.launch.outcome_log import Record
 EXIT_FAILED = 1
 EXIT_AGAIN = 75  # EX_TEMPFAIL
 CUT_OFF = 75  # of an agent that lost the majority: those it lost may well go on
+STATE_LOST = "StateLost:"  # what a script fails with is not its own fault then
 
 
 class Kind(Enum):
@@ -46,6 +47,7 @@ class Start:
             (Kind.DONE, [r for r in records if r.code == 0]),
             (Kind.STOPPED, [r for r in records if r.stopped]),
             (Kind.STOPPED, [r for r in records if r.signal == SIGUSR1]),
+            (Kind.LOST, [r for r in records if r.code == EXIT_FAILED and STATE_LOST in r.text]),
             (Kind.FAILED, [r for r in records if r.code == EXIT_FAILED]),
             (Kind.LOST, [r for r in records if r.code == CUT_OFF]),
             (Kind.STOPPED, [r for r in records if r.signal]),
