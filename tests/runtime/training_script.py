@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--parity", type=int, default=1)
     parser.add_argument("--average")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds of a leaf")
+    parser.add_argument("--pace", type=Path, help="file with the pause, as long as it is there")
     parser.add_argument("--spot-check", type=int, default=0)
     parser.add_argument("--flaw", default="")
     return parser.parse_args()
@@ -103,12 +105,19 @@ def prepare(run: outlast.Run, options: argparse.Namespace) -> nn.Module:
     )
 
 
+def pause(options: argparse.Namespace) -> None:
+    slow = options.pace is not None and options.pace.exists()
+    time.sleep(float(options.pace.read_text()) if slow else options.pause)
+
+
 def go_wrong(flaw: str, step: int, pause: float) -> None:
     """What the worker that was started as rank 1 does in its leaves from step 3 on."""
     if os.environ.get("RANK") != "1" or step < 3:
         return
     if flaw == "slow":
         time.sleep(3 * pause)
+    elif flaw == "dies":
+        raise RuntimeError("as planted")
     elif flaw == "endless loop":
         while True:
             pass
@@ -132,7 +141,7 @@ def main() -> None:
                     torch.manual_seed(run.rank)
                 if flaw == "data by rank":
                     batch = batch.roll(run.rank, 1)
-                time.sleep(options.pause)
+                pause(options)
                 go_wrong(flaw, step.index, options.pause)
                 logits = model(batch[:, :-1])
                 step.backward(F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten()))

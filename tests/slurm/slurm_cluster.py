@@ -129,9 +129,13 @@ class Cluster:
                 os.killpg(process.pid, each)
         return process.wait(20)
 
-    def run(self, node: str, *command: str, timeout: float = 60) -> str:
+    def run(
+        self, node: str, *command: str, timeout: float = 60, directory: Path | None = None
+    ) -> str:
         """What a command printed on a node; raises where it failed."""
-        process = self.start(node, *command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = self.start(
+            node, *command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=directory
+        )
         try:
             out, error = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
