@@ -29,8 +29,8 @@ def hostnames(text: str) -> tuple[str, ...]:
 def _range(piece: str, text: str) -> list[str]:
     found: list[str] = []
     for part in piece.split(","):
-        low, _, high = part.partition("-")
-        if not (low.isdecimal() and (high or low).isdecimal()) or int(high or low) > NODES_MAX:
+        low, _, high = part.partition("-") if "-" in part else (part, "", part)
+        if not (low.isdecimal() and high.isdecimal() and int(high) - int(low) < NODES_MAX):
             raise Misuse(f"{text!r} is no list of nodes: {part!r} is no range of numbers")
-        found += [f"{number:0{len(low)}}" for number in range(int(low), int(high or low) + 1)]
+        found += [f"{number:0{len(low)}}" for number in range(int(low), int(high) + 1)]
     return found

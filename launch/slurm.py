@@ -10,7 +10,7 @@ import click
 from outlast.launch.hostlist import hostnames
 
 COMMAND_S = 30.0
-AGAIN_S, AGAIN_MAX = 0.5, 8
+AGAIN_S, AGAIN_MAX = 0.5, 60
 
 
 def say(text: str) -> None:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from outlast.launch.conclusion import EXIT_AGAIN, EXIT_FAILED, Start, decide
+from outlast.launch.outcome_log import FILE as OUTCOMES
 from outlast.launch.outcome_log import Record, read_outcomes
 from outlast.launch.slurm import command, drain, nodes_of, requeue, say
 
@@ -42,8 +43,12 @@ class SlurmJob:
     flags: tuple[str, ...]
     arguments: tuple[str, ...]
 
-    def write(self, directory: Path) -> None:
-        """Replace the file of an earlier start."""
+    def begin(self, directory: Path) -> None:
+        """Replace the file of an earlier start; what another launch in this very start has left,
+        in salloc's shell for instance, is set aside, or this one would be over at once."""
+        if any(record.restart == self.restart for record in self.records(directory)):
+            (directory / OUTCOMES).rename(directory / f"outcomes.{time.time_ns()}.jsonl")
+        (directory / f".concluded-{self.restart}").unlink(missing_ok=True)
         fresh = directory / f".{FILE}"
         fresh.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
         fresh.replace(directory / FILE)

@@ -101,7 +101,7 @@ class Supervisor:
         say(f"SLURM job {self.found.slurm}: {len(self.steps)} nodes, time left {left}")
         with signals() as wakeup, socket.create_server(("", 0), backlog=4096) as server:
             job = self._job(server.getsockname()[1])
-            job.write(self.directory)
+            job.begin(self.directory)
             wakeup.settimeout(POLL_S)
             server.setblocking(False)
             for step in self.steps:
