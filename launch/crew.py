@@ -307,7 +307,9 @@ def dismiss(crew: Crew) -> None:
         worker = slot.process
         if worker is None:
             slot.closed = True
-        elif not (slot.member or slot.done or worker.lost):  # of the lost more is to be heard
+        elif worker.lost and not worker.gone.is_set():
+            continue  # its end is still to be heard, and then nothing takes its place
+        elif not slot.member and not slot.done:
             slot.closed = worker.expected = True
             worker.signal(signal.SIGTERM)
 
