@@ -85,16 +85,22 @@ class Decision:
 
 
 def decide(
-    records: Sequence[Record], restart: int, nodes: Collection[str], tries: int
-) -> Decision:
-    """What to do after the start number `restart` on these nodes, given the records of all."""
+    records: Sequence[Record], restart: int, nodes: Collection[str], tries: int,
+    preempted: bool = False,
+) -> Decision:  # fmt: skip
+    """What to do after the start number `restart` on these nodes, given the records of all.
+
+    preempted: SLURM is taking the nodes away. It starts a job again that it has ended itself, and
+    not one that has ended before.
+    """
     starts = [Start.of([r for r in records if r.restart == n]) for n in range(restart + 1)]
     last, bad = starts[-1], starts[-1].bad(nodes)
     if last.kind is Kind.DONE:
         return Decision(False, 0, "job finished", bad)
     if last.kind is Kind.STOPPED:
-        # Whoever sends anything else is ending the job himself.
-        return Decision(last.signal == SIGUSR1, 128 + last.signal, last.text, bad)
+        # Else whoever has sent the signal wants the job to end.
+        again = preempted or last.signal == SIGUSR1
+        return Decision(again, 128 + last.signal, last.text, bad)
     new = list(_new_steps(starts))
     row = next((n for n, got in enumerate(reversed(new)) if got), len(new))
     stale = sum(start.kind is not Kind.STOPPED for start in starts[len(starts) - row :])

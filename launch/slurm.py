@@ -34,6 +34,12 @@ def nodes_of(job: str) -> tuple[str, ...]:
     return hostnames(text) if text else ()
 
 
+def preempted(job: str) -> bool:
+    """Whether SLURM is taking the job's nodes away for another one."""
+    shown = command("scontrol", "show", "job", job)[0]
+    return any(word.startswith("PreemptTime=2") for word in shown.split())  # or None, Unknown
+
+
 def drain(job: str, nodes: Collection[str]) -> None:
     """Take nodes out of service, where we may."""
     for node in nodes:

@@ -16,7 +16,7 @@ from pathlib import Path
 from outlast.launch.conclusion import EXIT_AGAIN, EXIT_FAILED, Start, decide
 from outlast.launch.outcome_log import FILE as OUTCOMES
 from outlast.launch.outcome_log import Record, read_outcomes
-from outlast.launch.slurm import command, drain, nodes_of, requeue, say
+from outlast.launch.slurm import command, drain, nodes_of, preempted, requeue, say
 
 FILE = "job.json"
 PROBE_S = 1.0
@@ -76,7 +76,8 @@ class SlurmJob:
         """Say and do what is to become of the job; its exit code, None if it starts again."""
         with suppress(FileExistsError):
             (directory / f".concluded-{self.restart}").touch(exist_ok=False)
-            decision = decide(self.records(directory), self.restart, self.nodes, self.tries)
+            records, nodes = self.records(directory), self.nodes
+            decision = decide(records, self.restart, nodes, self.tries, preempted(self.number))
             if decision.code in (EXIT_FAILED, EXIT_AGAIN):
                 say(decision.text)  # of the rest, the agents have said it
             if self.drain:

@@ -85,6 +85,13 @@ def test_a_stop_at_a_signal_is_no_failure() -> None:
     assert decide(starts, 8, NODES, 3).again
 
 
+def test_a_preempted_job_starts_again_whatever_the_signal() -> None:
+    records = everywhere(143, signal=15, stopped=True, step=7)
+    assert not decide(records, 0, NODES, 3).again
+    assert decide(records, 0, NODES, 3, preempted=True).again
+    assert not decide(everywhere(0), 0, NODES, 3, preempted=True).again
+
+
 def endless(decide: Decide, seed: int, tries: int) -> bool:
     """Whether a job that comes no further is started again and again."""
     rng, records, best, stale = random.Random(seed), [], -1, 0
