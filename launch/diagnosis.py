@@ -7,13 +7,14 @@ named; for a bad pair between nodes that are otherwise well, both are, as one of
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 SLOW_PAIR = 3.0  # times what the others need
-ANSWER, CLOCK, SPEED = "answer", "clock", "speed"
+FAILED = "failed: "  # begins the text of a measurement that came to nothing
+ANSWER, CLOCK, SPEED, NUMBERS, NEIGHBOURS = "answer", "clock", "speed", "numbers", "neighbours"
 
 
 class Verdict(StrEnum):
@@ -61,8 +62,9 @@ LIMITS: dict[str, Limit] = {
     "gpu memory errors": Limit(0, 0, "reset or replace the GPU: errors that ECC cannot correct"),
     "gpu slowdown": Limit(0, NEVER, "cooling or power: nvidia-smi -q -d PERFORMANCE"),
     "gpu in use": Limit(0, NEVER, "another process is on it: nvidia-smi"),
+    NUMBERS: Limit(0, NEVER, "results may differ in their last bits: use equal nodes, versions"),
+    NEIGHBOURS: Limit(0, NEVER, "check its cable, port and speed (ethtool), or leave it out"),
 }
-ADVICE_PAIR = "check cable, port and speed of its interface (ethtool), or leave the node out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,105 +78,96 @@ class Finding:
     advice: str = ""
 
 
-Record = Mapping[str, Any]  # what a node wrote, see `launch.examination`
+Record = Mapping[str, Any]  # "measures": check -> (value, text), "pairs": see `neighbours`
+
+
+def absent(reason: str) -> dict[str, Any]:
+    """The record of a node that wrote none."""
+    return {"measures": {ANSWER: (None, FAILED + reason)}, "pairs": []}
 
 
 def diagnose(nodes: Sequence[str], records: Mapping[str, Record]) -> list[Finding]:
     """All findings: those of each node first, then those that only comparison shows."""
+    silent = absent("not in time")
+    measures = [
+        (node, check, value, text)
+        for node in nodes
+        for check, (value, text) in records.get(node, silent)["measures"].items()
+    ]
     found = []
-    for node in nodes:
-        if node not in records:
-            advice = LIMITS[ANSWER].advice
-            found.append(Finding(node, ANSWER, Verdict.BAD, "no answer in time", advice))
-        for check, (value, text) in records.get(node, {}).get("measures", {}).items():
-            limit = LIMITS[check]
-            failed = text.startswith("failed: ")
-            verdict = Verdict.BAD if failed else limit.verdict(value) if value is not None \
-                else Verdict.OK  # fmt: skip
-            advice = limit.advice if verdict != Verdict.OK else ""
-            found.append(Finding(node, check, verdict, text, advice))
-    found += _speeds(records) + _numbers(records) + _clocks(nodes, records)
-    return found + _pairs(pair_seconds(records))
+    for node, check, value, text in measures:
+        verdict = Verdict.OK if value is None else LIMITS[check].verdict(value)
+        verdict = Verdict.BAD if text.startswith(FAILED) else verdict
+        found.append(_finding(node, check, verdict, text))
+    compared = _compared(nodes, records, measures)
+    return found + [finding for finding in compared if finding.verdict != Verdict.OK]
+
+
+def _compared(
+    nodes: Sequence[str], records: Mapping[str, Record], measures: Sequence[tuple[Any, ...]]
+) -> Iterator[Finding]:
+    took = {node: value for node, check, value, _ in measures if check == "gemm" and value}
+    usual = _middle(took.values()) if len(took) > 2 else NEVER
+    for node, seconds in took.items():
+        text = f"{seconds / usual:.1f} times the time of others for a gemm"
+        yield _finding(node, SPEED, LIMITS[SPEED].verdict(seconds / usual), text)
+    kinds = {node: text for node, check, value, text in measures if check == "torch" and value}
+    for node, kind in kinds.items():
+        common = Counter(kinds.values()).most_common(1)[0][0]
+        verdict = Verdict.OK if kind == common else Verdict.WARNING
+        yield _finding(node, NUMBERS, verdict, f"{kind}; elsewhere {common}")
+    pairs = [pair for record in records.values() for pair in record["pairs"]]
+    for node, offset in _clocks(nodes, pairs).items():
+        verdict = LIMITS[CLOCK].verdict(abs(offset))
+        yield _finding(node, CLOCK, verdict, f"{offset:+.3f} s against the others")
+    yield from _neighbours(pair_seconds(records))
 
 
 def pair_seconds(records: Mapping[str, Record]) -> dict[tuple[str, str], float]:
     """(left, right) -> seconds of their all-reduce, infinite where either says it failed."""
     seconds: dict[tuple[str, str], float] = {}
-    for record in records.values():
-        for pair in record["pairs"]:
-            ends = (pair["left"], pair["right"])
-            took = math.inf if pair["seconds"] is None else float(pair["seconds"])
-            seconds[ends] = max(took, seconds.get(ends, 0.0))
+    for pair in (pair for record in records.values() for pair in record["pairs"]):
+        ends = (pair["left"], pair["right"])
+        took = NEVER if pair["seconds"] is None else float(pair["seconds"])
+        seconds[ends] = max(took, seconds.get(ends, 0.0))
     return seconds
 
 
-def _pairs(seconds: Mapping[tuple[str, str], float]) -> list[Finding]:
+def _finding(node: str, check: str, verdict: Verdict, text: str) -> Finding:
+    advice = "" if verdict == Verdict.OK else LIMITS[check].advice
+    return Finding(node, check, verdict, text, advice)
+
+
+def _neighbours(seconds: Mapping[tuple[str, str], float]) -> Iterator[Finding]:
     """[Note: pairs]. The two slowest may be those of one bad node: the rest says what is usual."""
     usual = sorted(seconds.values())[max(0, len(seconds) - 3) // 2] if seconds else 0.0
-    bad = {ends for ends, took in seconds.items()
-           if took == math.inf or (len(seconds) > 2 and took > SLOW_PAIR * usual)}  # fmt: skip
+    slow = SLOW_PAIR * usual if len(seconds) > 2 else NEVER
+    bad = {ends for ends, took in seconds.items() if took == NEVER or took > slow}
     own = {node: {ends for ends in seconds if node in ends} for ends in seconds for node in ends}
     named = {node for node, pairs in own.items() if len(pairs) > 1 and pairs <= bad}
-    found = []
     for ends in sorted(bad):
-        guilty = sorted(named & set(ends))
-        text = _pair_text(seconds[ends], usual)
-        for node in guilty or ends:
-            other = ends[ends[0] == node]
-            doubt = "" if guilty else ", which may be at fault itself"
-            found.append(Finding(node, "neighbours", Verdict.BAD, f"with {other}{doubt}: {text}",
-                                 ADVICE_PAIR))  # fmt: skip
-    return found
+        took = f"{1e3 * seconds[ends]:.0f} ms, others {1e3 * usual:.0f} ms"
+        text = "an all-reduce " + ("failed" if seconds[ends] == NEVER else f"of {took}")
+        for node in sorted(named & {*ends}) or ends:
+            doubt = "" if node in named else ", which may be at fault itself"
+            other = f"with {ends[ends[0] == node]}{doubt}"
+            yield _finding(node, NEIGHBOURS, Verdict.BAD, f"{other}: {text}")
 
 
-def _pair_text(took: float, usual: float) -> str:
-    if took == math.inf:
-        return "the all-reduce failed"
-    return f"an all-reduce of {1e3 * took:.0f} ms, others {1e3 * usual:.0f} ms"
-
-
-def _speeds(records: Mapping[str, Record]) -> list[Finding]:
-    took = {node: record["measures"]["gemm"][0] for node, record in records.items()
-            if record["measures"].get("gemm", [None])[0]}  # fmt: skip
-    usual = _middle(took.values()) if len(took) > 2 else NEVER
-    return [
-        Finding(node, SPEED, verdict, f"{seconds / usual:.1f} times the time of others for a gemm",
-                LIMITS[SPEED].advice)
-        for node, seconds in took.items()
-        if (verdict := LIMITS[SPEED].verdict(seconds / usual)) != Verdict.OK
-    ]  # fmt: skip
+def _clocks(nodes: Sequence[str], pairs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds by which each clock is ahead of the middle one; offsets add up along the ring, and
+    what a missing pair separates is not compared."""
+    ahead = {(p["left"], p["right"]): p["offset"] for p in pairs if p["offset"] is not None}
+    chains: list[dict[str, float]] = []
+    for left, right in zip(["", *nodes], nodes, strict=False):
+        if (left, right) in ahead:
+            chains[-1][right] = chains[-1][left] + ahead[left, right]
+        else:
+            chains.append({right: 0.0})
+    return {node: offset - _middle(chain.values())
+            for chain in chains for node, offset in chain.items()}  # fmt: skip
 
 
 def _middle(values: Iterable[float]) -> float:
     ordered = sorted(values)
     return ordered[(len(ordered) - 1) // 2]
-
-
-def _numbers(records: Mapping[str, Record]) -> list[Finding]:
-    kinds = {node: record["numerics"] for node, record in records.items() if record["numerics"]}
-    common = Counter(kinds.values()).most_common(1)
-    return [
-        Finding(node, "numbers", Verdict.WARNING, f"{kind}; elsewhere {common[0][0]}",
-                "results may differ in their last bits: use equal nodes and versions")
-        for node, kind in kinds.items() if kind != common[0][0]
-    ]  # fmt: skip
-
-
-def _clocks(nodes: Sequence[str], records: Mapping[str, Record]) -> list[Finding]:
-    """Offsets add up along the ring; a clock is wrong by its distance from the middle one."""
-    steps = {(p["left"], p["right"]): p["offset"] for r in records.values() for p in r["pairs"]
-             if p["offset"] is not None}  # fmt: skip
-    found, chain = [], dict[str, float]()
-    for left, right in zip(nodes, [*nodes[1:], ""], strict=True):
-        chain.setdefault(left, 0.0)
-        if (left, right) in steps:
-            chain[right] = chain[left] + steps[left, right]
-            continue
-        middle = _middle(chain.values())
-        for node, offset in chain.items():
-            verdict = LIMITS[CLOCK].verdict(abs(offset - middle))
-            if verdict != Verdict.OK:
-                found.append(Finding(node, CLOCK, verdict, f"{offset - middle:+.3f} s against the "
-                                     "others", LIMITS[CLOCK].advice))  # fmt: skip
-        chain = {}
-    return found

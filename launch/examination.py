@@ -10,90 +10,68 @@ import os
 import resource
 import shutil
 import socket
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import xxhash
 
 import outlast
-from outlast.cluster.errors import Misuse
-from outlast.launch.config import host_and_port
+from outlast.cluster.errors import Misuse, PeerLost
+from outlast.launch.diagnosis import FAILED
 from outlast.launch.interface import Interface
 
 EXAMINATION_S = 90.0  # importing torch on a busy disk is what takes longest
 GEMM_SIZE, GEMM_SUM = 1024, "60f881009cdb6f28"  # of whole numbers: exact in any order of sums
-GEMM_S = 0.5  # the quickest of many says what the processor can do, not who else is on it
-JOB_PORTS = (10000, 32000)
+GEMM_S = 0.5
+JOB_PORTS_STOP = 32000  # see `surroundings` and `torch_environment`
 TOO_HOT_OR_HUNGRY = 0xE8  # of NVML's reasons: slowed by hardware, heat (two kinds), power brake
+FAILURES = (OSError, RuntimeError, ValueError, KeyError, ImportError, Misuse, PeerLost)
+THREADS = ThreadPoolExecutor(64)  # what hangs in one is left to the end of the process
 
-Result = TypeVar("Result")
 Measure = tuple[float | None, str]  # value, None where there is none to judge, and what to show
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patient:
-    """A node, and what a job would want of it."""
-
-    node: str
-    nodes: tuple[str, ...]
-    endpoints: tuple[str, ...]
-    workers: int
-    worker_bytes: int
-    log_dir: Path
-
-
-def within(limit_s: float, work: Callable[[], Result]) -> Result:
-    """The result of `work`, or TimeoutError; what hangs is left to the end of the process."""
-    result: Future[Result] = Future()
-
-    def run() -> None:
-        if result.set_running_or_notify_cancel():
-            try:
-                result.set_result(work())
-            except (OSError, RuntimeError, Misuse, ImportError, ValueError) as error:
-                result.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return result.result(limit_s)
-
-
-def examine(patient: Patient, way: Interface | Misuse) -> dict[str, Measure]:
-    """All measurements of this node."""
+def examine(
+    way: Interface | Misuse, ports: Sequence[int], needed: int, log_dir: Path
+) -> dict[str, Measure]:
+    """All measurements of this node, for a job with these ports that needs so many bytes."""
     checks: dict[str, Callable[[], Measure]] = {
         "clock": _clock,
         "host name": _host_name,
         "interface": lambda: _interface(way),
-        "ports": lambda: _ports(patient, way),
+        "ports": lambda: _ports(way, ports),
         "open files": lambda: _limit(resource.RLIMIT_NOFILE),
         "processes": lambda: _limit(resource.RLIMIT_NPROC),
-        "memory": lambda: _memory(patient.workers * patient.worker_bytes),
-        "/dev/shm": _shared_memory,
-        "log disk": lambda: _disk(patient.log_dir),
+        "memory": lambda: _memory(needed),
+        "/dev/shm": lambda: _free(Path("/dev/shm"), 2**20, "MiB"),
+        "log disk": lambda: _disk(log_dir),
         "load": _load,
         "governor": _governor,
         "torch": _torch,
         "gemm": lambda: _gemm("cpu"),
-        "gpu memory errors": lambda: _nvml(_memory_errors),
-        "gpu slowdown": lambda: _nvml(_slowdown),
-        "gpu in use": lambda: _nvml(_in_use),  # before we are on it
+        # Before we use it ourselves.
+        **{name: lambda read=read: _nvml(read) for name, read in NVML.items()},
         "gpu": _gpus,
     }
     measures: dict[str, Measure] = {}
     deadline = time.monotonic() + EXAMINATION_S
     for name, check in checks.items():
         try:
-            measures[name] = within(max(1.0, deadline - time.monotonic()), check)
-        except TimeoutError:
-            measures[name] = None, "failed: no answer; it hangs"
-        except (OSError, RuntimeError, Misuse, ImportError, ValueError) as error:
-            measures[name] = None, f"failed: {' '.join(str(error).split())}"
+            limit_s = max(1.0, deadline - time.monotonic())
+            measures[name] = THREADS.submit(check).result(limit_s)
+        except FAILURES as error:
+            measures[name] = None, FAILED + failure_text(error)
     return measures
+
+
+def failure_text(error: BaseException) -> str:
+    """One line."""
+    silent = "no answer" if isinstance(error, TimeoutError) else type(error).__name__
+    return " ".join(str(error).split())[:200] or silent
 
 
 def _clock() -> Measure:
@@ -104,11 +82,10 @@ def _clock() -> Measure:
 
 def _host_name() -> Measure:
     name = socket.gethostname()
-    try:
+    with contextlib.suppress(OSError):
         address = socket.gethostbyname(name)
-    except OSError:
-        return 1, f"{name} is not known here"
-    return float(address.startswith("127.")), f"{name} is {address} here"
+        return float(address.startswith("127.")), f"{name} is {address} here"
+    return 1, f"{name} is not known here"
 
 
 def _interface(way: Interface | Misuse) -> Measure:
@@ -116,19 +93,19 @@ def _interface(way: Interface | Misuse) -> Measure:
         raise way
     speed = psutil.net_if_stats()[way.name].speed if way.name else 0
     text = f"{way.name or 'loopback'} {way.address}"
-    return speed or None, f"{text}, {speed} Mbit/s" if speed else text
+    return (speed, f"{text}, {speed} Mbit/s") if speed else (None, text)
 
 
-def _ports(patient: Patient, way: Interface | Misuse) -> Measure:
-    for port in {host_and_port(text)[1] for text in patient.endpoints}:
-        host = "" if isinstance(way, Misuse) else way.address
+def _ports(way: Interface | Misuse, ports: Sequence[int]) -> Measure:
+    host = "" if isinstance(way, Misuse) else way.address
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for port in ports:
         try:
-            socket.create_server((host, port), family=socket.AF_INET6 if ":" in host
-                                 else socket.AF_INET).close()  # fmt: skip
+            socket.create_server((host, port), family=family).close()
         except OSError as error:
             raise RuntimeError(f"the job's port {port}: {error.strerror}; does it run?") from error
     low, high = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
-    return float(max(0, JOB_PORTS[1] - int(low))), f"the kernel gives out {low} to {high}"
+    return float(max(0, JOB_PORTS_STOP - int(low))), f"the kernel gives out {low} to {high}"
 
 
 def _limit(kind: int) -> Measure:
@@ -139,9 +116,7 @@ def _limit(kind: int) -> Measure:
 def _memory(needed: int) -> Measure:
     free = min(psutil.virtual_memory().available, _group_memory())
     text = f"{free / 1e9:.1f} GB free"
-    if not needed:
-        return None, text
-    return free / needed, f"{text}, {needed / 1e9:.1f} GB needed"
+    return (free / needed, f"{text}, {needed / 1e9:.1f} GB needed") if needed else (None, text)
 
 
 def _group_memory() -> float:
@@ -149,19 +124,19 @@ def _group_memory() -> float:
     free = math.inf
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, kinds, path = line.split(":", 2)
-        root = Path("/sys/fs/cgroup", "memory" if "memory" in kinds else "")
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if "memory" in kinds else (
-            "memory.max", "memory.current")  # fmt: skip
-        for group in (root / path.lstrip("/"), *(root / path.lstrip("/")).parents):
+        old = "memory" in kinds
+        group = Path("/sys/fs/cgroup", "memory" if old else "", path.lstrip("/"))
+        names = ("limit_in_bytes", "usage_in_bytes") if old else ("max", "current")
+        for part in (group, *group.parents):
             with contextlib.suppress(OSError, ValueError):  # "max", or not ours to see
-                limit, used = (int((group / name).read_text()) for name in names)
+                limit, used = (int((part / f"memory.{name}").read_text()) for name in names)
                 free = min(free, limit - used)
     return free
 
 
-def _shared_memory() -> Measure:
-    free = shutil.disk_usage("/dev/shm").free
-    return free / 2**20, f"{free / 2**20:,.0f} MiB free"
+def _free(directory: Path, unit: float, name: str) -> Measure:
+    free = shutil.disk_usage(directory).free / unit
+    return free, f"{free:,.0f} {name} free in {directory}"
 
 
 def _disk(directory: Path) -> Measure:
@@ -169,13 +144,11 @@ def _disk(directory: Path) -> Measure:
     probe = directory / f".doctor-{socket.gethostname()}-{os.getpid()}"
     probe.write_bytes(b"x")
     probe.unlink()
-    free = shutil.disk_usage(directory).free / 1e9
-    return free, f"{free:,.0f} GB free in {directory}"
+    return _free(directory, 1e9, "GB")
 
 
 def _load() -> Measure:
-    cores = len(os.sched_getaffinity(0))
-    load = os.getloadavg()[0]
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
     return load / (os.cpu_count() or cores), f"{load:.1f} on {cores} cores of this job"
 
 
@@ -187,32 +160,28 @@ def _governor() -> Measure:
 
 def _torch() -> Measure:
     began = time.monotonic()
-    import torch
+    from outlast.runtime.determinism import numerics
 
-    return time.monotonic() - began, f"{torch.__version__}"
+    return time.monotonic() - began, numerics()
 
 
 def _gemm(device: str) -> Measure:
-    """Seconds of a product of whole numbers, whose bits are known."""
+    """Processor seconds of a product of whole numbers, whose bits are known: on all cores once,
+    then on one, which is timed: how fast it is, and not who else is on it."""
     import torch
 
     line = torch.arange(GEMM_SIZE, dtype=torch.float32, device=device)
     a, b = (line[:, None] * 7 + line * 13) % 17 - 8, (line[:, None] * 5 + line * 11) % 19 - 9
-    took, until = math.inf, time.monotonic() + GEMM_S
-    while took == math.inf or time.monotonic() < until:
-        began = time.monotonic()
+    times, until = list[float](), time.monotonic() + GEMM_S
+    while len(times) < 3 or time.monotonic() < until:
+        began = time.thread_time()
         product = (a @ b).cpu()
-        took = min(took, time.monotonic() - began)
+        times.append(time.thread_time() - began)
+        torch.set_num_threads(1)
         if xxhash.xxh3_64_hexdigest(product.numpy().tobytes()) != GEMM_SUM:
             raise RuntimeError(f"wrong product on {device}: this processor computes wrongly")
+    took = min(times[1:])
     return took, f"{1e3 * took:.1f} ms"
-
-
-def numerics() -> str:
-    """What decides the bits of results here."""
-    from outlast.runtime import determinism
-
-    return determinism.numerics()
 
 
 def _driven() -> bool:
@@ -220,7 +189,7 @@ def _driven() -> bool:
 
 
 def _gpus() -> Measure:
-    """Every GPU multiplies rightly and adds over NCCL with the others of the node."""
+    """Every GPU multiplies rightly, and adds over NCCL with the others of the node."""
     import torch
 
     count = torch.cuda.device_count()
@@ -237,9 +206,17 @@ def _gpus() -> Measure:
     return None, f"{count} x {torch.cuda.get_device_name(0)}"
 
 
+NVML: dict[str, Callable[[Any, Any], float]] = {
+    "gpu memory errors": lambda nvml, gpu: nvml.nvmlDeviceGetTotalEccErrors(
+        gpu, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC),
+    "gpu slowdown": lambda nvml, gpu: bool(
+        nvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu) & TOO_HOT_OR_HUNGRY),
+    "gpu in use": lambda nvml, gpu: len(nvml.nvmlDeviceGetComputeRunningProcesses(gpu)),
+}  # fmt: skip
 
-def _nvml(read: Callable[[Any, Any], int]) -> Measure:
-    """The largest count that `read` (of the library and a GPU) finds."""
+
+def _nvml(read: Callable[[Any, Any], float]) -> Measure:
+    """The largest that `read` (of the library and a GPU) finds."""
     if not _driven():
         return None, ""
     try:
@@ -248,21 +225,8 @@ def _nvml(read: Callable[[Any, Any], int]) -> Measure:
         return None, "not read: pip install 'outlast[gpu]'"
     try:
         nvml.nvmlInit()
-        gpus = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        gpus = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
         found = max(read(nvml, gpu) for gpu in gpus)
     except nvml.NVMLError as error:
         return None, f"not read: {error}"
-    return float(found), str(found)
-
-
-def _memory_errors(nvml: Any, gpu: Any) -> int:
-    kind, since = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
-    return int(nvml.nvmlDeviceGetTotalEccErrors(gpu, kind, since))
-
-
-def _slowdown(nvml: Any, gpu: Any) -> int:
-    return int(bool(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu) & TOO_HOT_OR_HUNGRY))
-
-
-def _in_use(nvml: Any, gpu: Any) -> int:
-    return len(nvml.nvmlDeviceGetComputeRunningProcesses(gpu))
+    return found, f"{found:g}"

@@ -32,7 +32,7 @@ def ring(
     """Nodes and records of a ring whose pairs took so long; the clock of `skew` is 9 s ahead."""
     nodes = [f"n{number}" for number in range(count)]
     records: dict[str, Any] = {
-        node: {"measures": {"gemm": (0.01, "10 ms")}, "pairs": [], "numerics": "avx2"}
+        node: {"measures": {"gemm": (0.01, "10 ms"), "torch": (1.0, "avx2")}, "pairs": []}
         for node in nodes
     }
     for _, left, right in rounds(nodes):
@@ -84,7 +84,7 @@ def test_a_clock_is_wrong_by_its_distance_from_the_others() -> None:
 def test_a_slow_node_and_one_with_other_numbers() -> None:
     nodes, records = ring(4, {})
     records["n1"]["measures"]["gemm"] = (0.05, "50 ms")
-    records["n3"]["numerics"] = "avx512"
+    records["n3"]["measures"]["torch"] = (1.0, "avx512")
     found = {(f.node, f.check): f.verdict for f in diagnose(nodes, records)
              if f.verdict != Verdict.OK}  # fmt: skip
     assert found == {("n1", "speed"): Verdict.BAD, ("n3", "numbers"): Verdict.WARNING}
@@ -146,6 +146,15 @@ def test_a_healthy_node(tmp_path: Path) -> None:
     assert {"clock", "memory", "/dev/shm", "open files", "ports", "gemm", "gpu"} <= set(found)
     assert "bad" not in {verdict for verdict, _ in found.values()}
     assert f"healthy: {socket.gethostname()}" in output
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not any(Path("/proc/driver/nvidia/gpus").glob("*")), reason="not run: no GPU")
+def test_gpus_of_this_node(tmp_path: Path) -> None:
+    code, found, output = doctor(tmp_path)
+    assert found["gpu"][0] == "ok", output
+    assert " x " in found["gpu"][1]
+    assert code == 0
 
 
 IN_NAMESPACES = ("unshare", "--mount", "--net")
@@ -235,6 +244,7 @@ def test_a_slow_network_is_traced_to_its_node(ward: Ward) -> None:
     assert codes == [1, 1, 1, 1]
 
 
+@pytest.mark.long
 def test_a_cut_node_is_named_and_nobody_hangs(ward: Ward) -> None:
     ward.network.cut(["node1"])
     codes, told, output = ward.examine()
