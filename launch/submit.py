@@ -27,7 +27,6 @@ SCRIPT = """\
 # {about}
 #SBATCH --job-name={name}
 #SBATCH --nodes={nodes}
-#SBATCH --ntasks-per-node=1
 # All of every node: agents and workers share it.
 #SBATCH --exclusive
 #SBATCH --mem=0
@@ -86,7 +85,7 @@ def joining_script(options: dict[str, Any]) -> str:
     job = SlurmJob.read(directory)
     if job is None:
         raise Misuse(f"--join: no job of SLURM writes to {directory}: give that job's --log-dir")
-    words = ["exec", "srun", "--kill-on-bad-exit=0", _program(), "launch"]
+    words = ["exec", "srun", "--ntasks-per-node=1", "--kill-on-bad-exit=0", _program(), "launch"]
     return _filled({**options, "sbatch": f"--chdir={shlex.quote(job.here)} {options['sbatch']}"}, {
         "about": f"joins job {job.number}, for the place of a lost node or as a spare",
         "nodes": options["nodes"] or 1, "name": "join", "logs": directory.absolute(),

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 from training_job import SCRIPT, alone
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
-STEPS = ("--steps", "150")
-PAUSE_S = 0.1  # of a leaf
+STEPS = ("--steps", "60")
+PAUSE_S = 0.2  # of a leaf
 WAIT_S = 90.0  # for machines that do much else
 
 

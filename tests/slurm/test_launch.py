@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster
-from slurm_run import OUTLAST, SCRIPT, SlurmRun, alone
+from slurm_run import OUTLAST, SCRIPT, alone
 
 from outlast.launch.hostlist import hostnames
 
@@ -61,11 +61,3 @@ def test_print_shows_the_script_and_submits_nothing(cluster: Cluster, tmp_path: 
         assert f"#SBATCH {line}\n" in told
     assert not cluster.run("ctl", "squeue", "-h")
     assert not [*tmp_path.iterdir()]
-
-
-def test_a_submitted_run(cluster: Cluster, tmp_path: Path) -> None:
-    run = SlurmRun(cluster, tmp_path, "--nodes", "3", "--time", "5", script=SHORT)
-    run.hurry()
-    run.check_bits(*SHORT)
-    assert len(run.digests) == 3
-    assert "time left" in run.output
