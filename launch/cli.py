@@ -117,9 +117,10 @@ def launch(**options: Any) -> None:
     assert key is not None, "job_key refuses"
     code = run_node(config, key)
     if found is not None and found.slurm:
+        from outlast.launch.conclusion import CUT_OFF
         from outlast.launch.slurm_job import outlive_supervisor
 
-        outlive_supervisor(Path(config.log_dir), config.job, config.node)
+        outlive_supervisor(Path(config.log_dir), config.job, config.node, code == CUT_OFF)
     sys.exit(code)
 
 

@@ -99,11 +99,12 @@ def answers(address: str) -> bool:
     return False
 
 
-def outlive_supervisor(directory: Path, job: str, node: str) -> None:
+def outlive_supervisor(directory: Path, job: str, node: str, cut_off: bool) -> None:
     """After the end of a node's agent: conclude if the supervisor's node is gone.
 
     It is waited for until nothing more comes of the start: a node whose agent left no record may
-    go on behind a cut, until SLURM takes it out of the job.
+    go on behind a cut, until SLURM takes it out of the job. To an agent that was cut off itself,
+    a supervisor that is busy concluding would seem gone.
     """
     start = SlurmJob.read(directory)
     host = start.supervisor.rpartition(":")[0] if start is not None else node
@@ -114,9 +115,10 @@ def outlive_supervisor(directory: Path, job: str, node: str) -> None:
         if answers(start.supervisor):
             return
         known = start.start(directory)
+        over = known.over and not cut_off
         silent = {*start.nodes} - {record.node for record in known.records}
-        here = () if known.over or not silent else nodes_of(start.number)
-        missed += known.over or not silent or (bool(here) and not silent & {*here})
+        here = () if over or not silent else nodes_of(start.number)
+        missed += over or not silent or (bool(here) and not silent & {*here})
         time.sleep(PROBE_S)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if start.conclude(directory) is not None:

@@ -89,7 +89,8 @@ def test_a_killed_worker_comes_back_while_restarts_are_left(start: Start) -> Non
 def test_an_exception_fails_the_job(start: Start, flaw: str) -> None:
     job = start(*STANDALONE, "--nnodes", "2", *fake(LONG, flaw))
     assert job.end() == 1
-    assert job.output.count("boom in the script") == (2 if flaw == "raise" else 0)  # raise, text
+    # In the traceback twice, and where it says why the job failed.
+    assert job.output.count("boom in the script") == (3 if flaw == "raise" else 0)
     assert "job failed: rank 1 (node1, local rank 0" in job.output
 
 
