@@ -97,6 +97,22 @@ def test_the_launchers_signal_stops_the_job_in_order(
     assert all_gone(tree, 2)
 
 
+def test_a_stop_by_the_launcher_is_durable(start: Callable[..., Job], launcher: Launcher) -> None:
+    """The state is in storage when the launcher has ended, and the next launch goes on from it."""
+    command, variables = launcher
+    script = (SCRIPT, "--steps", "8", "--pause", "0.05")
+    twin = start(*QUICK, "--standalone", "--nproc-per-node", "2", *script, name="twin")
+    job = start("--heartbeat", "0.2", *script, by=(*command, "-n", "2"), **variables)
+    log = job.directory / "metrics.jsonl"
+    job.wait_for(lambda: log.exists() and log.read_text().count("\n") >= 2)
+    job.process.send_signal(signal.SIGUSR1)
+    job.end(60)
+    assert list(job.directory.glob("checkpoints/step-*/manifest.json")), job.output
+    again = ended_by(start, launcher, 3, *script)
+    assert (again.process.returncode, twin.end(60)) == (0, 0), again.output
+    assert digest(again) == digest(twin)
+
+
 def test_the_launcher_of_another_mpi_is_refused(start: Callable[..., Job]) -> None:
     if shutil.which(OPEN_MPI[0]) is None:
         pytest.skip(f"not run: {OPEN_MPI[0]} is not installed")
