@@ -36,6 +36,7 @@ from outlast.launch.supervisor import STEP
 from outlast.launch.surroundings import surroundings
 
 MEETING_S = 60.0  # nodes of one step start within seconds, but import torch from one disk
+RANKED_MAX = 8  # of as many nodes as there may be
 RING_S = 3 * PAIR_S + 5
 STYLES = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.BAD: "red"}
 
@@ -160,11 +161,11 @@ def _report(
 ) -> int:
     findings = diagnose(nodes, records)
     sick = sorted({f.node for f in findings if f.verdict == Verdict.BAD}, key=nodes.index)
-    if len(nodes) > 1:
-        console.print(_ranking(nodes, records, sick))
     shown = [f for f in findings if len(nodes) == 1 or f.verdict != Verdict.OK]
     if shown:
         console.print(_table(shown))
+    if len(nodes) > 1:
+        console.print(_ranking(nodes, records), highlight=False, soft_wrap=True)
     verdict = f"sick: {', '.join(sick)}" if sick else f"healthy: {', '.join(nodes)}"
     console.print(verdict, style="red" if sick else "green", highlight=False)
     if as_json and not console.quiet:
@@ -188,20 +189,18 @@ def _table(findings: Sequence[Finding]) -> Table:
     return table
 
 
-def _ranking(nodes: Sequence[str], records: Mapping[str, Record], sick: Sequence[str]) -> Table:
-    """All nodes, the slowest first, each with the better one of its pairs."""
+def _ranking(nodes: Sequence[str], records: Mapping[str, Record]) -> str:
+    """Those that are slowest in the better one of their pairs, then in their product."""
     pairs = pair_seconds(records)
-
-    def speeds(node: str) -> tuple[float, float]:
-        gemm = records.get(node, {}).get("measures", {}).get("gemm", (None,))[0]
-        return min((s for ends, s in pairs.items() if node in ends), default=math.inf), gemm or 0.0
-
-    table = Table("node", "gemm ms", "all-reduce MB/s", "", box=SIMPLE_HEAD)
-    for node in sorted(nodes, key=speeds, reverse=True):
-        pair, gemm = speeds(node)
-        table.add_row(node, f"{1e3 * gemm:.1f}", f"{4 * NUMEL / pair / 1e6:,.0f}",
-                      "bad" if node in sick else "ok")  # fmt: skip
-    return table
+    gemm = {node: took for node, record in records.items()
+            if (took := record["measures"].get("gemm", (None,))[0])}  # fmt: skip
+    best = {node: min((s for ends, s in pairs.items() if node in ends), default=math.inf)
+            for node in nodes}  # fmt: skip
+    ranked = sorted(gemm, key=lambda node: (best[node], gemm[node]), reverse=True)
+    return "slowest first: " + "; ".join(
+        f"{node} {4 * NUMEL / best[node] / 1e6:,.0f} MB/s, gemm {1e3 * gemm[node]:.1f} ms"
+        for node in ranked[:RANKED_MAX]
+    )
 
 
 def leave(code: int) -> None:

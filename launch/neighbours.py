@@ -143,8 +143,14 @@ class Ring:
             yield pair
 
     def _pair(self, right: Mapping[str, Any], dials: bool, deadline: float) -> dict[str, Any]:
-        with self._dialled(right) if dials else self._accepted(deadline) as connection:
-            talk, found = Talk(connection, deadline), {}
+        found: dict[str, Any] = {}
+        self._server.settimeout(left_s(deadline))
+        # Whoever is busy with another pair still takes the connection.
+        address, own = (str(right["host"]), int(right["port"])), (self._address, 0)
+        with (
+            socket.create_connection(address, CONNECT_S, own) if dials else self._server.accept()[0]
+        ) as connection:
+            talk = Talk(connection, deadline)
             if dials:
                 talk.say(token=right["token"])
                 found["offset"] = clock_offset(talk)
@@ -153,15 +159,6 @@ class Ring:
             else:
                 answer_pings(talk)
             limit_s = left_s(deadline)
-            seconds, group = all_reduce_s(talk, int(not dials), self._address, limit_s)
-            self._groups.append(group)
-            return found | {"seconds": seconds}
-
-    def _dialled(self, right: Mapping[str, Any]) -> socket.socket:
-        # Whoever is busy with another pair still takes the connection.
-        address = str(right["host"]), int(right["port"])
-        return socket.create_connection(address, CONNECT_S, (self._address, 0))
-
-    def _accepted(self, deadline: float) -> socket.socket:
-        self._server.settimeout(left_s(deadline))
-        return self._server.accept()[0]
+            found["seconds"], group = all_reduce_s(talk, int(not dials), self._address, limit_s)
+        self._groups.append(group)
+        return found
