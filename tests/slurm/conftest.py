@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-import slurm_cluster
+import machines
 from slurm_cluster import Cluster
 
 HERE = Path(__file__).parent
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def made() -> Iterator[Cluster]:
-    if reason := slurm_cluster.missing():
+    if reason := machines.missing():
         if os.environ.get("CI"):
             pytest.fail(f"not run, which is a failure here because CI is set: {reason}")
         pytest.skip(f"not run: {reason}")

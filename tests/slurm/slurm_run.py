@@ -17,34 +17,11 @@ PAUSE_S = 0.2  # of a leaf
 WAIT_S = 90.0  # for machines that do much else
 
 
-class SlurmRun:
-    """`outlast submit` of the tests' training script with these flags and those of the script.
+class RunLog:
+    """What a run has left in its log directory so far."""
 
-    It trains slowly until `hurry`. What ranks print is in files, too: otherwise it goes to the
-    node of the batch script alone, which may die.
-    """
-
-    def __init__(
-        self, cluster: Cluster, directory: Path, *flags: str, script: tuple[str, ...] = STEPS
-    ) -> None:
-        self.cluster, self.workspace = cluster, directory
-        self._pace = directory / "pace"
-        self._pace.write_text(str(PAUSE_S))
-        told = self.outlast(
-            "submit", "--tee", "3", *flags, SCRIPT, *script, "--pace", str(self._pace)
-        )
-        self.number = told.rpartition(" ")[2]
-        self.directory = directory / "outlast_logs" / f"slurm-{self.number}"
-
-    def outlast(self, *words: str) -> str:
-        """Run the command where jobs are submitted."""
-        return self.cluster.run(
-            "ctl", "env", "OMP_NUM_THREADS=1", OUTLAST, *words, directory=self.workspace
-        )
-
-    def hurry(self) -> None:
-        """No pauses any more: whatever the test was about has happened."""
-        self._pace.unlink()
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
 
     @property
     def output(self) -> str:
@@ -95,6 +72,37 @@ class SlurmRun:
     def proposer(self) -> str:
         """The node that proposes the next view: the first of the newest one."""
         return self.members()[0]
+
+
+class SlurmRun(RunLog):
+    """`outlast submit` of the tests' training script with these flags and those of the script.
+
+    It trains slowly until `hurry`. What ranks print is in files, too: otherwise it goes to the
+    node of the batch script alone, which may die.
+    """
+
+    def __init__(
+        self, cluster: Cluster, directory: Path, *flags: str, script: tuple[str, ...] = STEPS,
+        pause_s: float = PAUSE_S,
+    ) -> None:  # fmt: skip
+        self.cluster, self.workspace = cluster, directory
+        self._pace = directory / "pace"
+        self._pace.write_text(str(pause_s))
+        told = self.outlast(
+            "submit", "--tee", "3", *flags, SCRIPT, *script, "--pace", str(self._pace)
+        )
+        self.number = told.rpartition(" ")[2]
+        super().__init__(directory / "outlast_logs" / f"slurm-{self.number}")
+
+    def outlast(self, *words: str) -> str:
+        """Run the command where jobs are submitted."""
+        return self.cluster.run(
+            "ctl", "env", "OMP_NUM_THREADS=1", OUTLAST, *words, directory=self.workspace
+        )
+
+    def hurry(self) -> None:
+        """No pauses any more: whatever the test was about has happened."""
+        self._pace.unlink()
 
     def await_step(self, step: int) -> None:
         self.await_true(lambda: self.step >= step, f"step {step}")

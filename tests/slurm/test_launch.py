@@ -16,7 +16,8 @@ SHORT = ("--steps", "5")
     "text", ["node[1-6]", "node1", "node[01-03,7],rack2-[9-11]", "a[1-2]b[3-4],c", "n[098-101]"]
 )
 def test_node_lists_are_read_as_slurm_does(cluster: Cluster, text: str) -> None:
-    assert list(hostnames(text)) == cluster.run("ctl", "scontrol", "show", "hostnames", text).split()
+    theirs = cluster.run("ctl", "scontrol", "show", "hostnames", text).split()
+    assert list(hostnames(text)) == theirs
 
 
 def test_a_batch_script_of_one_line(cluster: Cluster, tmp_path: Path) -> None:

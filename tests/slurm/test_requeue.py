@@ -1,4 +1,4 @@
-"""A job is asked to stop, fails or is lost: what SLURM is told, and where the next start goes on."""
+"""A job is asked to stop, fails or is lost: what SLURM is told, where the next start goes on."""
 
 import re
 from pathlib import Path

@@ -1,6 +1,7 @@
 #!/bin/bash
 # node_heal.sh [--no-wait] NODE...  - undo whatever was done to nodes, and wait for SLURM to see it.
 # A node that runs goes on and is plugged in again; a dead one boots anew, with an empty disk.
+# Prints the time at which the last node was plugged in.
 . "$(dirname "$0")/namespaces.sh"
 wait=1
 [ "$1" = --no-wait ] && { wait=; shift; }
@@ -20,5 +21,6 @@ for node in "${nodes[@]}"; do
     start_slurmd "$node" -b  # tells slurmctld of the reboot
   fi
 done
+echo "$EPOCHREALTIME"
 [ -z "$wait" ] || await 60 up_in_slurm "${nodes[@]}" ||
   die "not back in SLURM: $(on_node ctl sinfo -h -N -o '%N %T' | tr '\n' ' ')"

@@ -4,9 +4,11 @@
 #           cut, a kernel panic or the death of a switch
 #   crash   every process is killed with the cable still good: the others get FIN and RST at once
 #   slurmd  only slurmd is killed; the tasks of the node live on
+# Prints the time of it.
 . "$(dirname "$0")/namespaces.sh"
 node=$(name "$1")
 pid=$(init_of "$node") || die "$node does not run"
+echo "$EPOCHREALTIME"
 case $2 in
 power) on_switch ip link set "v-$node" nomaster ;;  # carrier stays, packets vanish
 crash) ;;
