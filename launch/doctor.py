@@ -9,6 +9,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -81,8 +82,8 @@ def run_doctor(options: Mapping[str, Any], console: Console) -> int:
     if node not in nodes:
         raise Misuse(f"--nodes: {node}, this node, is not among them: give --node-name")
     needed = worker_count(options["nproc_per_node"]) * byte_count(options["bytes_per_worker"])
-    if len(nodes) == 1:
-        meet = meet or tempfile.mkdtemp(prefix="outlast-doctor-")
+    if alone := len(nodes) == 1 and not meet:
+        meet = tempfile.mkdtemp(prefix="outlast-doctor-")
     elif not meet and slurm is None:
         raise Misuse("several nodes need --meet DIRECTORY: a new one that all of them share")
     elif not meet and slurm is not None:
@@ -100,6 +101,8 @@ def run_doctor(options: Mapping[str, Any], console: Console) -> int:
     record: dict[str, Any] = {"measures": examine(way, sorted(ports), needed, log_dir)}
     _meet(meeting, record, node, nodes, way)
     records = meeting.records()
+    if alone:
+        shutil.rmtree(meet)
     quiet = node != min(records, key=nodes.index)
     return _report(nodes, records, options["as_json"], Console(quiet=True) if quiet else console)
 

@@ -47,6 +47,12 @@ def test_a_healthy_allocation(cluster: Cluster, tmp_path: Path) -> None:
     assert {(f"node{n}", check) for n in (1, 2, 3) for check in checks} <= asked
 
 
+def test_an_allocation_of_one_node(cluster: Cluster, tmp_path: Path) -> None:
+    done = in_salloc(cluster, tmp_path, 1)
+    assert findings(tmp_path, done)["healthy"], done.stdout
+    assert "healthy: node1" in done.stdout
+
+
 def test_every_task_of_a_step_is_one_node(cluster: Cluster, tmp_path: Path) -> None:
     done = in_salloc(cluster, tmp_path, 2, launcher=["srun", "-N2"])
     assert findings(tmp_path, done)["healthy"], done.stdout
