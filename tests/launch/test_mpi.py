@@ -72,8 +72,8 @@ def test_flags_come_before_mpi(start: Callable[..., Job], launcher: Launcher) ->
 def test_a_worker_is_no_process_of_the_launchers(
     start: Callable[..., Job], script: Callable[[str], str], launcher: Launcher
 ) -> None:
-    text = "from mpi4py import MPI\nprint('alone among', MPI.COMM_WORLD.size, flush=True)"
-    job = ended_by(start, launcher, 2, script(text))
+    text = "print(f'alone among {MPI.COMM_WORLD.size}\\n', end='', flush=True)"
+    job = ended_by(start, launcher, 2, script(f"from mpi4py import MPI\n{text}"))
     assert job.process.returncode == 0, job.output
     assert job.output.count("alone among 1") == 2
 
