@@ -34,7 +34,7 @@ from slurm_run import SlurmRun
 FIVE = ("--nodes", "5", "--time", "30")
 WORKER = r"^[^ ]*python[^ ]* (-u )?[^ ]*training_script"
 PAUSE_S = 0.1  # of a leaf, of which a rank has one or two in a step
-STEPS = 400
+STEPS, LONG = 120, 200
 SCENARIOS = ("worker", "crash", "power", "first", "cut", "frozen")
 CURED = ("cut", "frozen")
 TIMES = ("detected", "committed", "back")
@@ -43,18 +43,19 @@ TIMES = ("detected", "committed", "back")
 class Trouble:
     """One job on a cluster, and what befalls it."""
 
-    def __init__(self, cluster: Cluster, out: Path, *flags: str) -> None:
+    def __init__(self, cluster: Cluster, out: Path, steps: int, *flags: str) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self.cluster, self.script = cluster, ("--steps", str(STEPS))
+        self.cluster, self.script = cluster, ("--steps", str(steps))
         self.run = SlurmRun(cluster, out, *flags, script=self.script, pause_s=PAUSE_S)
         self.run.await_step(1)
 
-    def strike(self, scenario: str) -> dict[str, float]:
-        """Suffer it once; seconds of TIMES."""
+    def strike(self, scenario: str, number: int) -> dict[str, float]:
+        """Suffer it for the time `number`; seconds of TIMES."""
         run, cluster = self.run, self.cluster
         run.await_steps_more(3)
         view = run.view
-        victim = run.members()[0 if scenario == "first" else -1]
+        # A lost node is no member any more; the place of a worker may not be taken again yet.
+        victim = run.members()[{"first": 0, "worker": -1 - number}.get(scenario, -1)]
         if scenario == "worker":
             at = time.time()
             cluster.run(victim, "pkill", "-KILL", "-f", WORKER)
@@ -106,10 +107,11 @@ class Trouble:
 def losses(cluster: Cluster, out: Path, scenario: str, repeats: int) -> list[dict[str, float]]:
     """All repeats of one scenario."""
     results = []
+    steps = LONG if scenario in CURED else STEPS
     for number in range(repeats if scenario == "first" else 1):
-        trouble = Trouble(cluster, out / f"{scenario}{number}", *FIVE)
-        for _ in range(1 if scenario == "first" else repeats):
-            results.append(trouble.strike(scenario))
+        trouble = Trouble(cluster, out / f"{scenario}{number}", steps, *FIVE)
+        for again in range(1 if scenario == "first" else repeats):
+            results.append(trouble.strike(scenario, again))
         trouble.end()
     return results
 
@@ -117,7 +119,7 @@ def losses(cluster: Cluster, out: Path, scenario: str, repeats: int) -> list[dic
 def preemptions(cluster: Cluster, out: Path, trials: int) -> list[dict[str, float]]:
     """Preempt one job so often; seconds from the urgent job's submission, and steps."""
     flags = ("--nodes", "4", "--sbatch", "--nodes=2-4", "--time", "60", "--grace", "20")
-    trouble = Trouble(cluster, out / "preempted", *flags)
+    trouble = Trouble(cluster, out / "preempted", LONG, *flags)
     run, results = trouble.run, []
     for trial in range(trials):
         run.await_steps_more(3)

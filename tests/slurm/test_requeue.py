@@ -53,12 +53,14 @@ def test_a_crash_loop_stops_with_a_reason(cluster: Cluster, tmp_path: Path) -> N
     assert "now twice from the start without a new step" in run.output
 
 
-def test_nodes_that_were_lost_are_excluded(cluster: Cluster, tmp_path: Path) -> None:
+def test_nodes_that_were_lost_are_excluded_and_drained(cluster: Cluster, tmp_path: Path) -> None:
     """Two at once are more than one parity unit can make good."""
-    run = SlurmRun(cluster, tmp_path, "--nodes", "4", "--time", "5")
+    run = SlurmRun(cluster, tmp_path, "--nodes", "4", "--time", "5", "--drain")
     run.await_step(3)
     cluster.cut("node3", "node4")
     run.await_true(lambda: len(stored(run)) == 2, "another start")
+    assert "drain" in cluster.state("node3")
+    assert "drain" not in cluster.state("node5")
     cluster.heal("node3", "node4")
     run.await_steps_more()
     run.hurry()

@@ -22,5 +22,10 @@ for node in "${nodes[@]}"; do
   fi
 done
 echo "$EPOCHREALTIME"
+for node in "${nodes[@]}"; do
+  case $(on_node ctl sinfo -h -p main -n "$node" -o %T) in
+  *drain*) on_node ctl scontrol update nodename="$node" state=resume ;;
+  esac
+done
 [ -z "$wait" ] || await 60 up_in_slurm "${nodes[@]}" ||
   die "not back in SLURM: $(on_node ctl sinfo -h -N -o '%N %T' | tr '\n' ' ')"
