@@ -94,6 +94,7 @@ def test_the_launchers_signal_stops_the_job_in_order(
     job.process.send_signal(signal.SIGUSR1)
     job.end()
     assert job.events("stopped")[0]["cause"] == "stopped by SIGUSR1"
+    assert "on signal" not in job.output  # those that wait for the agent do not die of it
     assert all_gone(tree, 2)
 
 
