@@ -7,6 +7,7 @@ waits at a pipe that only this process holds open.
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 import signal
@@ -97,6 +98,17 @@ class Machines:
     def heal(self, *nodes: str, wait: bool = True) -> float:
         """Undo all of these; returns the time of it. With `wait` SLURM knows of it, too."""
         return float(self._script("node_heal", *(() if wait else ("--no-wait",)), *nodes))
+
+    def move(self, site: int, *nodes: str, **link: float) -> None:
+        """Put nodes of a remote site behind a long line, or change it: rate_mbit, delay_ms (one
+        way), jitter_ms, loss (a share) and queue_ms."""
+        path = self.directory / f"wan{site}.json"
+        plain = {"rate_mbit": 100, "delay_ms": 20, "jitter_ms": 0, "loss": 0, "queue_ms": 200}
+        taps = [f"w{site}a", f"w{site}b"]
+        fresh = path.with_suffix(".new")
+        fresh.write_text(json.dumps({"taps": taps, **plain, **link}))
+        fresh.replace(path)
+        self._script("wan_up", site, path, *nodes)
 
     # ---- what is run in it
 

@@ -37,6 +37,24 @@ REACH = """
 import socket, sys
 socket.create_connection((sys.argv[1], 6818), timeout=1).close()  # slurmd's port
 """
+POUR = """
+import socket, sys, time
+start = time.time()
+with socket.create_connection((sys.argv[1], 7000)) as peer:
+    print(time.time() - start)
+    peer.sendall(bytes(1 << 20))
+    peer.shutdown(socket.SHUT_WR)
+    peer.recv(1)
+print(time.time() - start)
+"""
+DRINK = """
+import socket
+with socket.create_server(("", 7000)) as server:
+    print("up", flush=True)
+    peer = server.accept()[0]
+    while peer.recv(1 << 16):
+        pass
+"""
 ALIVE = "while :; do date +%s.%N > {}.$SLURMD_NODENAME; sleep 0.2; done"
 
 
@@ -149,3 +167,16 @@ def test_steps_outlive_the_batch_host_and_the_job_runs_on_for_ever(
     assert beats(beat, "node2")
     assert cluster.job(job)["JobState"] == "RUNNING"
     assert cluster.job(job)["NodeList"] == "node2"
+
+
+def test_a_remote_site_is_as_far_away_as_asked(made: Cluster) -> None:
+    """At least so far, and at most so fast: the machine may be slow itself."""
+    with Cluster(nodes=2) as cluster:
+        cluster.move(1, "node2", rate_mbit=8, delay_ms=30)
+        server = python(cluster, "node2", DRINK)
+        assert server.stdout is not None
+        assert server.stdout.readline() == "up\n"
+        connected, poured = map(float, cluster.run("node1", "python3", "-c", POUR, "node2").split())
+        cluster.stop(server)
+    assert connected > 2 * 0.030
+    assert poured > 1.0, "a MiB takes at least a second"

@@ -2,9 +2,12 @@
 # Install what a bed needs and the machine lacks; says in one line why it cannot.
 set -u
 missing=()
-for pair in slurmctld:slurmctld slurmd:slurmd srun:slurm-client munged:munge ip:iproute2; do
+for pair in slurmctld:slurmctld slurmd:slurmd srun:slurm-client munged:munge ip:iproute2 \
+  mpirun.openmpi:openmpi-bin; do
   command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
 done
+# srun --mpi=pmix loads it by the name without a number, which only this package has.
+compgen -G "/usr/lib/*/pmix2/lib/libpmix.so" >/dev/null || missing+=(libpmix-dev)
 [ ${#missing[@]} -gt 0 ] || exit 0
 [ "$(id -u)" = 0 ] || { echo "not installed: ${missing[*]} (and we are not root)" >&2; exit 1; }
 command -v apt-get >/dev/null || { echo "no apt-get to install ${missing[*]}" >&2; exit 1; }
