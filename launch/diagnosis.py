@@ -2,7 +2,8 @@
 
 [Note: pairs] Neighbours on a ring exchange data in pairs, so a bad node spoils two pairs and a good
 one at most one of its own, unless both its neighbours are bad. A node whose pairs are all bad is
-named; for a bad pair between nodes that are otherwise well, both are, as one of the two.
+named. For a pair that failed between nodes that are otherwise well both are, as one of the two; if
+it is only slow they are warned of, since each has shown that it can be quick.
 """
 
 import math
@@ -148,10 +149,12 @@ def _neighbours(seconds: Mapping[tuple[str, str], float]) -> Iterator[Finding]:
     for ends in sorted(bad):
         took = f"{1e3 * seconds[ends]:.0f} ms, others {1e3 * usual:.0f} ms"
         text = "an all-reduce " + ("failed" if seconds[ends] == NEVER else f"of {took}")
-        for node in sorted(named & {*ends}) or ends:
+        known = named & {*ends}
+        verdict = Verdict.BAD if known or seconds[ends] == NEVER else Verdict.WARNING
+        for node in sorted(known) or ends:
             doubt = "" if node in named else ", which may be at fault itself"
             other = f"with {ends[ends[0] == node]}{doubt}"
-            yield _finding(node, NEIGHBOURS, Verdict.BAD, f"{other}: {text}")
+            yield _finding(node, NEIGHBOURS, verdict, f"{other}: {text}")
 
 
 def _clocks(nodes: Sequence[str], pairs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
