@@ -225,7 +225,7 @@ class Crew:
             else:
                 self.owner.failed(worker, code, False)
             return
-        self.give_up(worker, code)
+        self.give_up(worker, 1 if worker.error else code)  # an exception, whatever came after it
 
     def give_up(self, worker: WorkerProcess, code: int) -> None:
         """A worker of an elastic job ended badly: go on without it, or with a new one."""

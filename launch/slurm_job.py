@@ -63,6 +63,11 @@ class SlurmJob:
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return SlurmJob(**{**values, **lists})
 
+    @staticmethod
+    def end(directory: Path) -> None:
+        """The start is over: nobody can join it, and nobody has to conclude it any more."""
+        (directory / FILE).unlink(missing_ok=True)
+
     def records(self, directory: Path) -> list[Record]:
         """How the agents of this start and of those before it ended."""
         name = self.job.rpartition("-")[0]

@@ -112,9 +112,8 @@ class Supervisor:
                 self._copy()
                 _answer(server)
             self._copy()
-            if self.signal:
-                return 128 + self.signal
-            code = job.conclude(self.directory)
+            code = 128 + self.signal if self.signal else job.conclude(self.directory)
+            job.end(self.directory)
             return EXIT_AGAIN if code is None else code
 
     def _job(self, port: int) -> SlurmJob:

@@ -15,9 +15,11 @@ has to be done again. When it ends, the step is committed on every rank."""
 import hashlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -73,6 +75,7 @@ def init(
     if found.agent_fd is not None and threading.current_thread() is threading.main_thread():
         _leave_signals_to_agent()
     link: Link = SoloLink() if found.agent_fd is None else AgentLink(found.agent_fd, found.latch_fd)
+    sys.excepthook = partial(_tell_cause, link, sys.excepthook)
     failpoint.arm(found.drill, node=link.identity.node, holder=link.identity.holder)
     return Run(link, settings)
 
@@ -83,6 +86,16 @@ def _leave_signals_to_agent() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, signal.SIG_IGN)
+
+
+def _tell_cause(
+    link: Link, hook: Callable[..., object], kind: type[BaseException], error: BaseException,
+    trace: TracebackType | None,
+) -> None:  # fmt: skip
+    """Tell the agent why the script ends: it decides what is worth another try, and the exit code
+    may be lost, since a process group that nobody closes aborts the interpreter's end."""
+    link.send(kind="error", text=f"{kind.__name__}: {error}"[:2000])
+    hook(kind, error, trace)
 
 
 class Run:

@@ -117,7 +117,7 @@ class FakeWorker:
             for committed in range(max(step, now - 20), min(now, steps)):
                 self.say("log", step=committed, metrics={"loss": committed / 2})
             step = max(step, min(now, steps))
-            if flaw == "raise" and os.environ["RANK"] == "1" and step > 5:
+            if flaw in ("raise", "abort") and os.environ["RANK"] == "1" and step > 5:
                 raise RuntimeError("boom in the script")
             time.sleep(STEP_S / 2)
         self.say("finished")
@@ -136,6 +136,8 @@ def main() -> None:
         worker.train(steps, start, flaw)
     except RuntimeError:
         worker.say("error", text=traceback.format_exc())
+        if flaw == "abort":  # as a process group does that is still open at the interpreter's end
+            os.abort()
         os._exit(1)
     os._exit(0)  # the listener would see the interpreter go
 

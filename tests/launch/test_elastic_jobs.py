@@ -85,12 +85,12 @@ def test_a_killed_worker_comes_back_while_restarts_are_left(start: Start) -> Non
     assert steps == list(range(steps[0], 100))
 
 
-@pytest.mark.parametrize("flaw", ["raise", "exit"])
+@pytest.mark.parametrize("flaw", ["raise", "abort", "exit"])
 def test_an_exception_fails_the_job(start: Start, flaw: str) -> None:
     job = start(*STANDALONE, "--nnodes", "2", *fake(LONG, flaw))
     assert job.end() == 1
     # In the traceback twice, and where it says why the job failed.
-    assert job.output.count("boom in the script") == (3 if flaw == "raise" else 0)
+    assert job.output.count("boom in the script") == (0 if flaw == "exit" else 3)
     assert "job failed: rank 1 (node1, local rank 0" in job.output
 
 
