@@ -1,4 +1,4 @@
-"""Jobs that are asked to stop: the state is on storage, and any later start goes on with its bits."""
+"""Jobs that are asked to stop: the state is on storage, and a later start goes on, same bits."""
 
 import os
 import signal
