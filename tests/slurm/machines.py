@@ -44,6 +44,7 @@ class Machines:
         path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         self._environment = ["env", "LC_ALL=C", path, f"BED_DIR={self.directory}"]
         self._environment += [f"{name}={value}" for name, value in bed.items()]
+        self.troubled: set[str] = set()  # nodes that something has befallen since they were healed
         self._watchman: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -85,14 +86,17 @@ class Machines:
 
     def kill(self, node: str, how: str) -> float:
         """power, crash or slurmd (see bed/node_kill.sh); returns the time of it."""
+        self.troubled.add(node)
         return float(self._script("node_kill", node, how))
 
     def cut(self, *nodes: str, place: str = "nowhere") -> float:
         """Plug nodes into island1 or island2, or nowhere; returns the time of it."""
+        self.troubled |= {*nodes}
         return float(self._script("node_cut", place, *nodes))
 
     def freeze(self, node: str) -> float:
         """Stop every process of a node; returns the time of it."""
+        self.troubled.add(node)
         return float(self._script("node_freeze", node))
 
     def heal(self, *nodes: str, wait: bool = True) -> float:

@@ -50,9 +50,10 @@ class Cluster(Machines):
 
     def clear(self) -> None:
         """No jobs, and every node up: as it was made."""
-        self.heal(*self.nodes, wait=False)
+        self.heal(*self.troubled, wait=False)  # before they are told to end their jobs
         self.run("ctl", "scancel", "--user=root")
-        self.heal(*self.nodes)
+        self.heal(*self.troubled)
+        self.troubled.clear()
         idle = [f"{node} idle" for node in self.nodes]
         ask = ("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T")
         self.await_true(lambda: self.run("ctl", *ask).splitlines() == idle, hint="idle nodes")

@@ -15,8 +15,8 @@ SHORT = ("--steps", "5")
 @pytest.mark.parametrize(
     "text", ["node[1-6]", "node1", "node[01-03,7],rack2-[9-11]", "a[1-2]b[3-4],c", "n[098-101]"]
 )
-def test_node_lists_are_read_as_slurm_does(cluster: Cluster, text: str) -> None:
-    theirs = cluster.run("ctl", "scontrol", "show", "hostnames", text).split()
+def test_node_lists_are_read_as_slurm_does(made: Cluster, text: str) -> None:
+    theirs = made.run("ctl", "scontrol", "show", "hostnames", text).split()
     assert list(hostnames(text)) == theirs
 
 

@@ -4,9 +4,10 @@
 # Prints the time at which the last node was plugged in.
 . "$(dirname "$0")/namespaces.sh"
 wait=1
-[ "$1" = --no-wait ] && { wait=; shift; }
+[ "${1:-}" = --no-wait ] && { wait=; shift; }
 nodes=()
 for node in "$@"; do nodes+=("$(name "$node")"); done
+[ ${#nodes[@]} -gt 0 ] || { echo "$EPOCHREALTIME"; exit; }
 runs_slurmd() { on_node "$1" sh -c 'kill -0 "$(cat /run/slurmd.pid)"' 2>/dev/null; }
 for node in "${nodes[@]}"; do
   if init_of "$node" >/dev/null; then
