@@ -73,6 +73,12 @@ class RunLog:
         """The node that proposes the next view: the first of the newest one."""
         return self.members()[0]
 
+    def check_result(self, *script: str) -> None:
+        """It has the bits of an undisturbed twin, and each step once."""
+        assert set(self.digests) == {alone(*(script or STEPS))}, self.output
+        steps = [line["step"] for line in self.steps]
+        assert steps == list(range(1, len(steps) + 1)), "each step once"
+
 
 class SlurmRun(RunLog):
     """`outlast submit` of the tests' training script with these flags and those of the script.
@@ -120,16 +126,10 @@ class SlurmRun(RunLog):
         )  # type: ignore[no-any-return]
 
     def check_bits(self, *script: str) -> None:
-        """The job has ended well, with the bits of an undisturbed twin, and each step once."""
+        """SLURM says that the job has ended well, and its result is right."""
         job = self.await_state("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         assert job["JobState"] == "COMPLETED", f"{job}\n{self.output}"
         self.check_result(*script)
-
-    def check_result(self, *script: str) -> None:
-        """The same, whatever SLURM calls the job."""
-        assert set(self.digests) == {alone(*(script or STEPS))}, self.output
-        steps = [line["step"] for line in self.steps]
-        assert steps == list(range(1, len(steps) + 1)), "each step once"
 
     def await_true(self, what: Any, name: str) -> Any:
         try:

@@ -1,15 +1,36 @@
 """Nodes die in a job: it stays, goes on in place, and a spare takes the seat; the bits are the
 undisturbed twin's."""
 
+import json
 from pathlib import Path
 
+import pytest
 from slurm_cluster import Cluster
-from slurm_run import SlurmRun
+from slurm_run import STEPS, RunLog, SlurmRun, alone
 
 
 def training(run: SlurmRun) -> list[str]:
     """Nodes with workers in the newest view."""
     return sorted(member["node"] for member in run.view["members"] if not member["spare"])
+
+
+@pytest.mark.parametrize("planted", ["", "bit", "step"])
+def test_a_wrong_bit_and_a_repeated_step_are_seen(tmp_path: Path, planted: str) -> None:
+    digest, steps = alone(*STEPS), [1, 2, 3]
+    if planted == "bit":
+        digest = f"{int(digest[0], 16) ^ 1:x}{digest[1:]}"
+    if planted == "step":
+        steps = [1, 2, 2, 3]
+    log = tmp_path / "node1" / "agent" / "attempt_0" / "0" / "stdout.log"
+    log.parent.mkdir(parents=True)
+    log.write_text(f"digest {alone(*STEPS)}\ndigest {digest}\n")
+    metrics = "".join(json.dumps({"step": step}) + "\n" for step in steps)
+    (tmp_path / "metrics.jsonl").write_text(metrics)
+    if not planted:
+        RunLog(tmp_path).check_result()
+        return
+    with pytest.raises(AssertionError):
+        RunLog(tmp_path).check_result()
 
 
 def test_spares_take_the_places_of_dead_nodes(cluster: Cluster, tmp_path: Path) -> None:
