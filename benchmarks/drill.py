@@ -22,9 +22,17 @@ from typing import Any
 
 from job import GPT, SMALL, median, parser_of, quantile, say, table, workspace, write_json
 
-from outlast.launch.drill import Drill, DrillConfig, events_of, judge, left_behind, run_twin, traps
-from outlast.launch.drilled_job import DrilledJob, DrillFailed, Shape, TrainingOver
-from outlast.launch.fault import DRAWN
+from outlast.launch.drill.drill import (
+    Drill,
+    DrillConfig,
+    events_of,
+    judge,
+    left_behind,
+    run_twin,
+    traps,
+)
+from outlast.launch.drill.drilled_job import DrilledJob, DrillFailed, Shape, TrainingOver
+from outlast.launch.drill.fault import DRAWN
 
 RANKS, PER_JOB, ROUND_S = 6, 15, 16.0
 RATIO_RANKS, TWIN_S = 4, 60.0

@@ -22,8 +22,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from outlast.launch.nodes import Nodes, free_port, outlast
-from outlast.launch.watch import Event, Watch
+from outlast.launch.drill.nodes import Nodes, free_port, outlast
+from outlast.launch.drill.watch import Event, Watch
 
 START_LIMIT_S, RETURN_LIMIT_S, RECOVERY_LIMIT_S, POLL_S = 90.0, 300.0, 120.0, 0.002
 ROOT = Path(__file__).resolve().parent

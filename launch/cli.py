@@ -105,7 +105,7 @@ def launch(**options: Any) -> None:
     except OSError as error:
         raise Misuse(f"--log-dir: {error}") from error
     if found is not None and found.supervises:
-        from outlast.launch.supervisor import Supervisor
+        from outlast.launch.slurm.supervisor import Supervisor
 
         sys.exit(Supervisor(config, found, options).run())
     if config.standalone:
@@ -117,8 +117,8 @@ def launch(**options: Any) -> None:
     assert key is not None, "job_key refuses"
     code = run_node(config, key)
     if found is not None and found.slurm:
-        from outlast.launch.conclusion import CUT_OFF
-        from outlast.launch.slurm_job import outlive_supervisor
+        from outlast.launch.slurm.conclusion import CUT_OFF
+        from outlast.launch.slurm.job import outlive_supervisor
 
         outlive_supervisor(Path(config.log_dir), config.job, config.node, code == CUT_OFF)
     sys.exit(code)
@@ -143,7 +143,7 @@ def launch(**options: Any) -> None:
 @click.pass_context
 def submit(context: click.Context, **options: Any) -> None:
     """Have SLURM run SCRIPT: as with `outlast launch`, whose flags this takes, too."""
-    from outlast.launch.submit import submit
+    from outlast.launch.slurm.submit import submit
 
     sys.exit(submit(options, _given(context)))
 
@@ -185,7 +185,7 @@ def drill(**options: Any) -> None:
     """
     from rich.console import Console
 
-    from outlast.launch.drill import config_of, run_drill
+    from outlast.launch.drill.drill import config_of, run_drill
 
     as_json = Path(options["as_json"]) if options["as_json"] else None
     sys.exit(run_drill(config_of(options), Console(), as_json))
@@ -228,7 +228,7 @@ def doctor(**options: Any) -> None:
     """
     from rich.console import Console
 
-    from outlast.launch.doctor import leave, run_doctor
+    from outlast.launch.doctor.doctor import leave, run_doctor
 
     leave(run_doctor(options, Console()))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from outlast.cluster.environment import Slurm, environment
 from outlast.cluster.errors import Misuse
-from outlast.launch.hostlist import hostnames
+from outlast.launch.slurm.hostlist import hostnames
 
 ENDPOINTS_MAX = 3
 PORTS = range(10000, 20000)  # below the ephemeral ones, so that no connection takes the job's

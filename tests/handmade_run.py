@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from outlast.launch.timeline import Fault
+from outlast.launch.report.timeline import Fault
 
 A, B, C = ("node0", "aaaa"), ("node1", "bbbb"), ("node2", "cccc")
 HOLDERS = {"aaaa": [1, 2], "bbbb": [3, 4], "cccc": [5, 6], "dddd": [7, 8]}

@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 from training_job import SCRIPT, WAIT_S, alone
 
 from outlast.cluster.failpoint import AGENT, RECOVERY
-from outlast.launch import namespaces
-from outlast.launch.drill import traps
-from outlast.launch.drilled_job import DrilledJob, Shape
-from outlast.launch.namespaces import Namespaces
-from outlast.launch.trap import Trap
+from outlast.launch.drill import namespaces
+from outlast.launch.drill.drill import traps
+from outlast.launch.drill.drilled_job import DrilledJob, Shape
+from outlast.launch.drill.namespaces import Namespaces
+from outlast.launch.drill.trap import Trap
 
 VICTIMS = {"proposer": "node0", "peer": "node1", "worker": "node1"}
 FLAGS = ("--pause", "0.08", "--steps", "24", "--parity", "2")

@@ -15,9 +15,9 @@ from outlast.cluster.errors import Misuse
 from outlast.launch import cli
 from outlast.launch.config import LaunchConfig
 from outlast.launch.ending import Outcome
-from outlast.launch.hostlist import hostnames
 from outlast.launch.outcome_log import OutcomeLog, read_outcomes
-from outlast.launch.slurm_job import SlurmJob
+from outlast.launch.slurm.hostlist import hostnames
+from outlast.launch.slurm.job import SlurmJob
 from outlast.launch.surroundings import Surroundings, shared_key, surroundings
 
 BATCH = {

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from outlast.launch.conclusion import Decision, Kind, Start, decide
 from outlast.launch.outcome_log import Record
+from outlast.launch.slurm.conclusion import Decision, Kind, Start, decide
 
 NODES = ("a", "b", "c")
 Decide = Callable[[Sequence[Record], int, Sequence[str], int], Decision]

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from job import COMMAND
 
-from outlast.launch import namespaces
-from outlast.launch.diagnosis import LIMITS, Limit, Verdict, diagnose
-from outlast.launch.namespaces import Namespaces
-from outlast.launch.neighbours import Talk, answer_pings, clock_offset, rounds
+from outlast.launch.doctor.diagnosis import LIMITS, Limit, Verdict, diagnose
+from outlast.launch.doctor.neighbours import Talk, answer_pings, clock_offset, rounds
+from outlast.launch.drill import namespaces
+from outlast.launch.drill.namespaces import Namespaces
 
 DOCTOR = [*COMMAND[:-1], "doctor"]
 WELL, SLOW, DEAD = 0.01, 0.05, None

@@ -6,7 +6,7 @@ import pytest
 
 from outlast.cluster.errors import Misuse
 from outlast.cluster.failpoint import RECOVERY
-from outlast.launch.fault import DRAWN, Order, draw, parse
+from outlast.launch.drill.fault import DRAWN, Order, draw, parse
 
 
 @pytest.mark.parametrize(

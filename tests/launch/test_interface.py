@@ -13,9 +13,9 @@ import pytest
 from job import COMMAND, KEY
 
 from outlast.cluster.errors import Misuse
-from outlast.launch import namespaces
+from outlast.launch.drill import namespaces
+from outlast.launch.drill.namespaces import Namespaces
 from outlast.launch.interface import Interface, choose
-from outlast.launch.namespaces import Namespaces
 
 needs_namespaces = pytest.mark.skipif(
     bool(namespaces.missing()), reason=f"not run: {namespaces.missing()}"

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from outlast.cluster.errors import Misuse
-from outlast.launch import namespaces
-from outlast.launch.namespaces import Namespaces
+from outlast.launch.drill import namespaces
+from outlast.launch.drill.namespaces import Namespaces
 
 if namespaces.missing():
     pytest.skip(f"not run: {namespaces.missing()}", allow_module_level=True)

@@ -10,8 +10,8 @@ import pytest
 from handmade_run import EVENTS, FAULTS, METRICS
 
 from outlast.cluster.errors import Misuse
-from outlast.launch.report import judge, load_run, read_lines, write_report
-from outlast.launch.timeline import RunRecord, tell
+from outlast.launch.report.report import judge, load_run, read_lines, write_report
+from outlast.launch.report.timeline import RunRecord, tell
 
 SHA = "ab" * 32
 

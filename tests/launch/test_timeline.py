@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from handmade_run import EVENTS, FAULTS, METRICS
 
-from outlast.launch.timeline import PHASES, Fault, RunRecord, tell
+from outlast.launch.report.timeline import PHASES, Fault, RunRecord, tell
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from outlast.cluster import failpoint
 from outlast.cluster.environment import environment
-from outlast.launch.trap import Trap, Traps
+from outlast.launch.drill.trap import Trap, Traps
 
 
 @pytest.fixture

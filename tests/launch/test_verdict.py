@@ -7,11 +7,11 @@ import pytest
 from handmade_run import EVENTS, FAULTS, METRICS
 from rich.console import Console
 
-from outlast.launch import verdict
-from outlast.launch.drill import exit_code
-from outlast.launch.fault import Order
-from outlast.launch.strike import Struck
-from outlast.launch.timeline import Fault, tell
+from outlast.launch.drill import verdict
+from outlast.launch.drill.drill import exit_code
+from outlast.launch.drill.fault import Order
+from outlast.launch.drill.strike import Struck
+from outlast.launch.report.timeline import Fault, tell
 
 Event = dict[str, Any]
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from training_job import ENVIRONMENT, TrainingJob, alone
 
 from outlast.cluster.timing import Timing
-from outlast.launch.trap import Facts, Trap, Traps
+from outlast.launch.drill.trap import Facts, Trap, Traps
 
 STEPS = 7
 SCRIPT = ("--pause", "0.05", "--spot-check", "1")

@@ -7,7 +7,7 @@ import pytest
 from slurm_cluster import Cluster
 from slurm_run import OUTLAST, SCRIPT, alone
 
-from outlast.launch.hostlist import hostnames
+from outlast.launch.slurm.hostlist import hostnames
 
 SHORT = ("--steps", "5")
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import click
 
-from outlast.launch.hostlist import hostnames
+from outlast.launch.slurm.hostlist import hostnames
 
 COMMAND_S = 30.0
 AGAIN_S, AGAIN_MAX = 0.5, 60

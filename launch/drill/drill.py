@@ -25,14 +25,20 @@ from rich.console import Console
 
 from outlast.cluster.errors import Misuse
 from outlast.cluster.failpoint import RECOVERY, STEP
-from outlast.launch.drilled_job import RETURN_LIMIT_S, DrilledJob, DrillFailed, Shape
-from outlast.launch.fault import DRAWN, KINDS, Order, Salvo, draw, parse
-from outlast.launch.namespaces import Namespaces, missing
-from outlast.launch.report import FAULTS_FILE, METRICS_FILE, load_run, read_lines, write_report
-from outlast.launch.strike import Striker, Struck
-from outlast.launch.timeline import RunRecord
-from outlast.launch.trap import Traps
-from outlast.launch.verdict import announced, digests, promises, spelt, table, told, unplanned
+from outlast.launch.drill.drilled_job import RETURN_LIMIT_S, DrilledJob, DrillFailed, Shape
+from outlast.launch.drill.fault import DRAWN, KINDS, Order, Salvo, draw, parse
+from outlast.launch.drill.namespaces import Namespaces, missing
+from outlast.launch.drill.strike import Striker, Struck
+from outlast.launch.drill.trap import Traps
+from outlast.launch.drill.verdict import announced, digests, promises, spelt, table, told, unplanned
+from outlast.launch.report.report import (
+    FAULTS_FILE,
+    METRICS_FILE,
+    load_run,
+    read_lines,
+    write_report,
+)
+from outlast.launch.report.timeline import RunRecord
 
 EXIT_PASSED, EXIT_VIOLATED, EXIT_NOT_RUN = 0, 1, 3
 ORPHAN_LIMIT_S = 5.0

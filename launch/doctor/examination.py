@@ -21,7 +21,7 @@ import xxhash
 
 import outlast
 from outlast.cluster.errors import Misuse, PeerLost
-from outlast.launch.diagnosis import FAILED
+from outlast.launch.doctor.diagnosis import FAILED
 from outlast.launch.interface import Interface
 
 EXAMINATION_S = 90.0  # importing torch on a busy disk is what takes longest

@@ -11,8 +11,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from outlast.launch.strike import Struck
-from outlast.launch.timeline import PHASES, Fault, Outcome, RunRecord
+from outlast.launch.drill.strike import Struck
+from outlast.launch.report.timeline import PHASES, Fault, Outcome, RunRecord
 
 Event = Mapping[str, Any]
 WIDE = 140

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from outlast.cluster.errors import OutlastError
-from outlast.launch.namespaces import Namespaces
-from outlast.launch.nodes import Nodes, free_port, outlast
-from outlast.launch.trap import Traps
-from outlast.launch.watch import Watch
+from outlast.launch.drill.namespaces import Namespaces
+from outlast.launch.drill.nodes import Nodes, free_port, outlast
+from outlast.launch.drill.trap import Traps
+from outlast.launch.drill.watch import Watch
 
 START_LIMIT_S, RETURN_LIMIT_S, STEP_LIMIT_S, END_LIMIT_S = 300.0, 180.0, 600.0, 1800.0
 STABLE_COMMITS = 2  # of one generation: then the redundancy of the new layout is complete

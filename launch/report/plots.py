@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from outlast.launch.timeline import PHASES, Outcome, RunRecord
+from outlast.launch.report.timeline import PHASES, Outcome, RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

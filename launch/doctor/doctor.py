@@ -27,13 +27,13 @@ from rich.table import Table
 from outlast.cluster.environment import environment
 from outlast.cluster.errors import Misuse
 from outlast.launch.config import host_and_port
-from outlast.launch.diagnosis import Finding, Record, Verdict, absent, diagnose, pair_seconds
-from outlast.launch.examination import EXAMINATION_S, THREADS, examine
+from outlast.launch.doctor.diagnosis import Finding, Record, Verdict, absent, diagnose, pair_seconds
+from outlast.launch.doctor.examination import EXAMINATION_S, THREADS, examine
+from outlast.launch.doctor.neighbours import NUMEL, PAIR_S, Ring
 from outlast.launch.interface import ANYWHERE, Interface, choose, own_addresses
-from outlast.launch.neighbours import NUMEL, PAIR_S, Ring
 from outlast.launch.plan_stripes import byte_count
 from outlast.launch.processor import worker_count
-from outlast.launch.supervisor import STEP
+from outlast.launch.slurm.supervisor import STEP
 from outlast.launch.surroundings import surroundings
 
 MEETING_S = 60.0  # nodes of one step start within seconds, but import torch from one disk

@@ -13,10 +13,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from outlast.launch.conclusion import EXIT_AGAIN, EXIT_FAILED, Start, decide
 from outlast.launch.outcome_log import FILE as OUTCOMES
 from outlast.launch.outcome_log import Record, read_outcomes
-from outlast.launch.slurm import command, drain, nodes_of, preempted, requeue, say
+from outlast.launch.slurm.commands import command, drain, nodes_of, preempted, requeue, say
+from outlast.launch.slurm.conclusion import EXIT_AGAIN, EXIT_FAILED, Start, decide
 
 FILE = "job.json"
 PROBE_S = 1.0

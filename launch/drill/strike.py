@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from outlast.checkpoint.memory import parity_region
-from outlast.launch.drilled_job import PATIENCE_S, RETURN_LIMIT_S, DrilledJob, Member
-from outlast.launch.fault import Order, Salvo
-from outlast.launch.timeline import Fault
-from outlast.launch.trap import Facts, Trap
-from outlast.launch.watch import Event
+from outlast.launch.drill.drilled_job import PATIENCE_S, RETURN_LIMIT_S, DrilledJob, Member
+from outlast.launch.drill.fault import Order, Salvo
+from outlast.launch.drill.trap import Facts, Trap
+from outlast.launch.drill.watch import Event
+from outlast.launch.report.timeline import Fault
 
 EFFECT_LIMIT_S = 90.0  # for a process to come to a point, and for the sign of what takes nobody
 SLICE_S = 0.009  # a slowed worker is stopped for a part of each: shorter than most leaves

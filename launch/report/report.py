@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from outlast.cluster.errors import Misuse
-from outlast.launch.timeline import PHASES, Fault, Outcome, RunRecord, tell
+from outlast.launch.report.timeline import PHASES, Fault, Outcome, RunRecord, tell
 
 TEMPLATE = Path(__file__).with_name("report.html")
 FAULTS_FILE = "faults.json"  # a list of faults, where they were injected on purpose
@@ -88,7 +88,7 @@ def write_report(path: Path, run: RunRecord, twin: RunRecord | None = None) -> N
         import jinja2
         import markupsafe
 
-        from outlast.launch import plots
+        from outlast.launch.report import plots
 
         pictures = _pictures(plots, run, twin)
     except ModuleNotFoundError as error:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from outlast.cluster.timing import Timing
-from outlast.launch.conclusion import CUT_OFF, EXIT_AGAIN
 from outlast.launch.config import LaunchConfig
-from outlast.launch.slurm import command, nodes_of, say
-from outlast.launch.slurm_job import SlurmJob, answers
+from outlast.launch.slurm.commands import command, nodes_of, say
+from outlast.launch.slurm.conclusion import CUT_OFF, EXIT_AGAIN
+from outlast.launch.slurm.job import SlurmJob, answers
 from outlast.launch.standalone import signals
 from outlast.launch.surroundings import Surroundings, job_port
 

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from outlast.cluster.errors import Misuse
-from outlast.launch.slurm_job import SlurmJob
+from outlast.launch.slurm.job import SlurmJob
 
 LOGS = "outlast_logs"
 CLOCK_S = 30  # SLURM looks only so often at how much time a job has left

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from outlast.launch.examination import FAILURES, failure_text
+from outlast.launch.doctor.examination import FAILURES, failure_text
 
 CONNECT_S, PAIR_S = 3.0, 8.0
 PINGS, REPEAT_S, NUMEL = 20, 1.0, 1 << 21  # 8 MiB of float32
