@@ -1,6 +1,6 @@
 """Slow ranks are told of once, and leaves follow the speed without swinging."""
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from outlast.runtime.leaf_tree import assign
@@ -47,6 +47,7 @@ def test_a_ratio_that_wavers_between_the_bounds_changes_nothing() -> None:
 
 
 @given(st.lists(st.floats(1.0, 1000), min_size=2, max_size=6))
+@example([28.0, 34.0, 45.0])
 def test_weights_settle_and_are_the_same_on_all_ranks(seconds: list[float]) -> None:
     """Two ranks that note the same numbers, one of them new, want the same weights."""
     old, new = paced(*range(len(seconds))), paced(*range(len(seconds)))
@@ -68,7 +69,8 @@ def test_weights_settle_and_are_the_same_on_all_ranks(seconds: list[float]) -> N
     if len(reached) == len(seconds):
         assert changes <= 1
         speed = {h: weights[h] * seconds[h] for h in reached}
-        assert max(speed.values()) <= min(speed.values()) * (1 + CHANGE) ** 2 + 0.3
+        apart = (1 + CHANGE) / (1 - CHANGE)  # one as much too high as it may be, one too low
+        assert max(speed.values()) <= min(speed.values()) * apart + 0.3
 
 
 def test_a_rank_without_leaves_gets_one_again() -> None:
