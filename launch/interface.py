@@ -43,12 +43,13 @@ def choose(endpoints: Sequence[Endpoint], wanted: str = "", address: str = "") -
 
 def own_addresses() -> dict[str, str]:
     """Address -> name of its interface, of those that are up, IPv4 first."""
-    states = psutil.net_if_stats()
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
     found = [
         (entry.address, name)
-        for name, entries in psutil.net_if_addrs().items()
+        for label, entries in psutil.net_if_addrs().items()
+        for name in [label.partition(":")[0]]  # an address such as eth0:1 is one of eth0
         for entry in entries
-        if entry.family in (socket.AF_INET, socket.AF_INET6) and states[name].isup
+        if entry.family in (socket.AF_INET, socket.AF_INET6) and name in up
         and "%" not in entry.address and not ip_address(entry.address).is_loopback
     ]  # fmt: skip
     return dict(sorted(found, key=lambda pair: ":" in pair[0]))

@@ -134,6 +134,13 @@ def test_an_interface_has_a_name_a_network_and_an_address(machines: Machines, wa
 
 
 @needs_namespaces
+def test_a_labelled_address_is_one_of_its_interface(machines: Machines) -> None:
+    machines.ip("a", *["address", "add", "10.79.0.1/24", "dev", "rail0", "label", "rail0:1"])
+    assert machines.choose("a", "", "b") == ["eth0", "10.77.0.1"]
+    assert machines.choose("a", "10.79.0.0/16", "b") == ["rail0", "10.79.0.1"]
+
+
+@needs_namespaces
 def test_no_guess_between_two_networks(machines: Machines) -> None:
     found = machines.choose("a", "", "a")
     assert "give --interface: there is eth0 10.77.0.1, rail0 10.78.0.1" in found
