@@ -217,7 +217,6 @@ class Report:
         model: fingerprint of the model and of its initial values.
         numerics: what else decides the bits, see `runtime.determinism`.
         ended: newest step behind which all ranks have waited for each other, as it knows.
-        stored: names of the steps that it sees on storage, newest first.
     """
 
     rank: int
@@ -233,7 +232,6 @@ class Report:
     slots: tuple[SlotSource, ...]
     parity: tuple[ParitySource, ...]
     ended: int = -1
-    stored: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         slots = [
@@ -266,6 +264,5 @@ class Report:
             "slots": slots,
             "parity": parity,
             "nodes": tuple((level, index) for level, index in fields["nodes"]),
-            "stored": tuple(fields["stored"]),
         }
         return Report(**(fields | changed))

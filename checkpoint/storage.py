@@ -11,8 +11,9 @@ and every run is checked whole before a byte of it is used.
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from outlast.layout.run import Run, covers, intersect
 FORMAT = 1
 KEPT = 2  # complete steps: the newest, and one to fall back on
 MANIFEST_BYTES_MAX = 1 << 30
+OURS = re.compile(r"step-\d{12}(\.\d+(\.old)?\.part)?")  # and nothing else is ever removed
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,37 @@ class StoredStep:
     def step(self) -> int:
         """Committed steps."""
         return self.records[0].step
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    path: Path
+    record: SlotRecord
+
+    def read(
+        self, runs: Sequence[Run], memory: StateMemory, half: int, wanted: Callable[[], bool]
+    ) -> None:
+        """Copy what is in `runs`, every run checked whole before."""
+        path, record, offset = self.path, self.record, 0
+        try:
+            body = np.memmap(path, dtype=np.uint8, mode="r")
+        except (OSError, ValueError) as cause:  # gone, or empty
+            raise Corrupt(f"{path}: {cause}") from cause
+        for role in memory.shape.roles:
+            sums, width = record.sums.get(role.name, []), role.itemsize
+            for run, expected in zip(record.held, sums, strict=False):
+                data, size = body[offset : offset + run.numel * width], run.numel * width
+                parts = intersect([run], runs)
+                if parts and (len(data) != size or checksum(data) != expected):
+                    raise Corrupt(f"{path} at byte {offset}: {role.name} {run} is not what it was")
+                for part in parts:
+                    if not wanted():
+                        return
+                    begin = (part.start - run.start) * width
+                    memory.run_bytes(half, role, part)[:] = data[begin : begin + part.numel * width]
+                offset += size
+            if len(sums) != len(record.held):
+                raise Corrupt(f"{path}: {role.name} has no checksums")
 
 
 class Storage:
@@ -56,10 +89,14 @@ class Storage:
     def names(self) -> list[str]:
         """Of the complete steps, newest first."""
         found = [path.parent.name for path in self.directory.glob("step-*/manifest.json")]
-        return sorted((name for name in found if name[5:].isdecimal()), reverse=True)
+        return sorted((n for n in found if OURS.fullmatch(n) and n[5:].isdecimal()), reverse=True)
 
-    def write(self, index: int, memory: StateMemory, half: int, record: SlotRecord) -> None:
-        """File `index` of the step `record.step`: the runs `record.held` of a half.
+    def write(
+        self, index: int, memory: StateMemory, half: int, record: SlotRecord,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:  # fmt: skip
+        """File `index` of the step `record.step`: the runs `record.held` of a half, as long as it
+        is still `wanted`.
 
         Raises:
             Misuse: it cannot be written.
@@ -70,6 +107,8 @@ class Storage:
             with (part / _file_name(index)).open("wb") as file:
                 for role in memory.shape.roles:
                     for run in record.held:
+                        if not wanted():
+                            return
                         file.write(memory.run_bytes(half, role, run).data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -85,21 +124,29 @@ class Storage:
         step = records[0].step
         part, path = self._part(records[0]), self.directory / _step_name(step)
         body = {"format": FORMAT, "origin": self.origin, "files": [r.as_json() for r in records]}
+        text = json.dumps(body)
         try:
             with (part / "manifest.json").open("w", encoding="utf-8") as file:
-                json.dump(body, file)
+                json.dump({"checksum": checksum(text.encode()), "body": body}, file)
                 file.flush()
                 os.fsync(file.fileno())
-            if not path.exists():  # else the same step of the same run: the same bits
-                part.rename(path)
-                _sync(self.directory)
+            if path.exists():  # the same step, which may have been damaged since
+                path.rename(part.with_suffix(".old.part"))
+            part.rename(path)
+            _sync(self.directory)
         except OSError as error:
             raise Misuse(f"step {step} cannot be stored: {error}") from error
-        kept = self.names()[:KEPT]
-        for found in self.directory.glob("step-*"):
-            if found.name not in kept:
-                shutil.rmtree(found, ignore_errors=True)
+        self._clear({path.name, *self.names()[:KEPT]})
         return path
+
+    def discard(self) -> None:
+        """Remove what was not completed: a full disk is less full then."""
+        self._clear({*self.names()})
+
+    def _clear(self, kept: set[str]) -> None:
+        for found in self.directory.glob("step-*"):
+            if OURS.fullmatch(found.name) and found.name not in kept:
+                shutil.rmtree(found, ignore_errors=True)
 
     def open(self, name: str) -> StoredStep:
         """A complete step.
@@ -112,10 +159,15 @@ class Storage:
         try:
             if path.stat().st_size > MANIFEST_BYTES_MAX:
                 raise Corrupt(f"{path}: {path.stat().st_size} bytes are no manifest")
-            body = json.loads(path.read_bytes())
+            manifest = json.loads(path.read_bytes())
+            body = manifest["body"]
+            if checksum(json.dumps(body).encode()) != manifest["checksum"]:
+                raise Corrupt(f"{path}: is not what it was")
             version, origin = body["format"], body["origin"]
             records = tuple(SlotRecord.from_json(fields) for fields in body["files"])
             numel, first = int(self.origin["numel"]), records[0]
+            if name != _step_name(first.step):
+                raise Corrupt(f"{path}: of step {first.step}")
             for record in records:
                 if any(not 0 <= run.start <= run.stop <= numel for run in record.held):
                     raise Corrupt(f"{path}: runs outside of {numel} elements")
@@ -134,42 +186,22 @@ class Storage:
         return StoredStep(path.parent, records)
 
     def read(
-        self, stored: StoredStep, wanted: Sequence[Run], memory: StateMemory, half: int
-    ) -> None:
-        """Fill the runs `wanted` of a half that is open.
+        self, stored: StoredStep, runs: Sequence[Run], memory: StateMemory, half: int,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:  # fmt: skip
+        """Fill `runs` of a half that is open, as long as it is still `wanted`.
 
         Raises:
             Corrupt: with file and offset: bytes do not match, or are not there.
         """
         found: list[Run] = []
         for index, record in enumerate(stored.records):
-            if intersect(record.held, wanted):
+            if intersect(record.held, runs):
                 found += record.held
-                self._read_file(stored.path / _file_name(index), record, wanted, (memory, half))
-        if not covers(found, wanted):
+                file = _File(stored.path / _file_name(index), record)
+                file.read(runs, memory, half, wanted)
+        if not covers(found, runs):
             raise Corrupt(f"{stored.path}: some elements are in none of its files")
-
-    def _read_file(
-        self, path: Path, record: SlotRecord, wanted: Sequence[Run], home: tuple[StateMemory, int]
-    ) -> None:
-        (memory, half), offset = home, 0
-        try:
-            body = np.memmap(path, dtype=np.uint8, mode="r")
-        except (OSError, ValueError) as cause:  # gone, or empty
-            raise Corrupt(f"{path}: {cause}") from cause
-        for role in memory.shape.roles:
-            sums, width = record.sums.get(role.name, []), role.itemsize
-            for run, expected in zip(record.held, sums, strict=False):
-                data, size = body[offset : offset + run.numel * width], run.numel * width
-                parts = intersect([run], wanted)
-                if parts and (len(data) != size or checksum(data) != expected):
-                    raise Corrupt(f"{path} at byte {offset}: {role.name} {run} is not what it was")
-                for part in parts:
-                    begin = (part.start - run.start) * width
-                    memory.run_bytes(half, role, part)[:] = data[begin : begin + part.numel * width]
-                offset += size
-            if len(sums) != len(record.held):
-                raise Corrupt(f"{path}: {role.name} has no checksums")
 
     def _part(self, record: SlotRecord) -> Path:
         # A rank that is interrupted may still be writing: the next try has another generation.

@@ -200,9 +200,12 @@ class Agent:
                 slot = self.crew.slots[worker.local_rank]
                 pause_s = slot.pause_s(self.timing.heartbeat_s) if view.workers else 0.0
                 asyncio.get_running_loop().call_later(pause_s, self._refill, slot, view, worker)
-            elif (code > 0 and not self.spare.waits) or self.view is None:
-                cause = worker.failure_text().strip().splitlines()[-1:]
-                self.fail(": ".join([text, *cause]))
+                return
+            text = ": ".join([text, *worker.failure_text().strip().splitlines()[-1:]])
+            if self.view is None:  # whoever cannot join a job is not that job's failure
+                self.end(Outcome(EXIT_REFUSED, f"cannot join the job: {text}"))
+            elif code > 0 and not self.spare.waits:
+                self.fail(text)
             else:
                 self.describe()
             return

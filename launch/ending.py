@@ -44,6 +44,7 @@ class Ending:
         self.succeeded = self.complete = False
         self.signal: signal.Signals | None = None  # the first that this node got
         self._stored = -1  # the step that was brought to storage
+        self._limited = False  # whether the grace of a job that stops runs already
 
     @property
     def stopping(self) -> str:
@@ -70,7 +71,8 @@ class Ending:
         text = f"stopped by {number.name}"
         left = Outcome(128 + number, text, signal=number)
         if agent.outcome.done():
-            agent.crew.kill()
+            if number == signal.SIGINT:
+                agent.crew.kill()
         elif number == signal.SIGUSR1 and not agent.elastic and forward(agent.crew, number):
             return  # a plain script that has a handler of its own
         elif not self._can_store or (again and number == signal.SIGINT):
@@ -80,9 +82,15 @@ class Ending:
             agent.describe()
             if number == signal.SIGTERM:
                 loop.call_later(agent.timing.alone_s, lambda: self.stopping or agent.end(left))
-            late = f"{text}: the state was not on storage within {agent.grace_s:.0f} s"
-            outcome = Outcome(128 + number, late, graceful=False, signal=number)
-            loop.call_later(agent.grace_s, agent.end, outcome)
+            self._limit(number)
+
+    def _limit(self, number: signal.Signals) -> None:
+        """From now on the grace runs."""
+        agent = self._agent
+        late = f"the state was not on storage within {agent.grace_s:.0f} s"
+        text = f"stopped by {number.name}: {late}"
+        outcome = Outcome(128 + number, text, graceful=False, signal=number)
+        asyncio.get_running_loop().call_later(agent.grace_s, agent.end, outcome)
 
     @property
     def _can_store(self) -> bool:
@@ -92,6 +100,9 @@ class Ending:
 
     def stop(self) -> None:
         """The view says that the job stops: whoever does not train ends now."""
+        if not self._limited:
+            self._limited = True
+            self._limit(signal.Signals[self.stopping])
         dismiss(self._agent.crew)
         if self._agent.spare.waits:
             self._release()
@@ -101,6 +112,16 @@ class Ending:
         """A worker somewhere has seen the step on storage."""
         self._stored = step
         self.check()
+        # It is complete, so that nobody is waited for who cannot be heard any more.
+        wait_s = self._agent.timing.silence_s
+        asyncio.get_running_loop().call_later(wait_s, self._end_stored)
+
+    def _end_stored(self) -> None:
+        number, where = signal.Signals[self.stopping], self._agent.config.checkpoint_dir
+        text = (f"stopped by {number.name}; step {self._stored} is in {where}: "
+                f"the same command with --checkpoint-dir {where} goes on")  # fmt: skip
+        end = Outcome(128 + number, text, signal=number, step=self._stored)
+        self._agent.end(end, broadcast=True)
 
     def _release(self) -> None:
         for worker in self._agent.crew.attached:
@@ -132,12 +153,7 @@ class Ending:
         others = [m for m in present if m.agent != agent.agent and m.agent not in gone]
         if all(agent.mesh.members.get(m.agent, m).finished for m in others):
             if self.stopping and self._stored >= 0:
-                number = signal.Signals[self.stopping]
-                where = agent.config.checkpoint_dir
-                text = (f"stopped by {number.name}; step {self._stored} is in {where}: "
-                        f"the same command with --checkpoint-dir {where} goes on")  # fmt: skip
-                end = Outcome(128 + number, text, signal=number, step=self._stored)
-                agent.end(end, broadcast=True)
+                self._end_stored()
             elif self.succeeded:
                 agent.end(Outcome(0), broadcast=True)
             else:

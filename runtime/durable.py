@@ -20,6 +20,8 @@ from outlast.runtime.collectives import Communicator
 if TYPE_CHECKING:
     from outlast.runtime.training import Training
 
+Wanted = Callable[[], bool]
+
 
 class Durable:
     """The storage of one job, as one rank sees it."""
@@ -34,9 +36,11 @@ class Durable:
         origin |= {name: getattr(settings, name) for name in ("seed", "leaves", "grain")}
         self._storage = Storage(Path(directory), origin) if directory else None
 
-    def names(self) -> tuple[str, ...]:
-        """Steps that are there, newest first."""
-        return tuple(self._storage.names()) if self._storage is not None else ()
+    def names(self, communicator: Communicator) -> tuple[str, ...]:
+        """Steps that any rank sees, newest first: what one of them does not see is a fault."""
+        mine = self._storage.names() if self._storage is not None else []
+        seen = {name for names in communicator.gather_json(mine) for name in names}
+        return tuple(sorted(seen, reverse=True))
 
     def load(
         self, communicator: Communicator, names: Sequence[str], owned: Sequence[Run]
@@ -51,10 +55,10 @@ class Durable:
         memory = training.state.memory
         for name in names:
 
-            def read(name: str = name) -> StoredStep:
+            def read(wanted: Wanted, name: str = name) -> StoredStep:
                 found = storage.open(name)
                 memory.begin(0)
-                storage.read(found, owned, memory, 0)
+                storage.read(found, owned, memory, 0, wanted)
                 return found
 
             stored, errors = _together(communicator, read, self._timing.heartbeat_s)
@@ -84,8 +88,8 @@ class Durable:
         sums = state.memory.sums(state.half, runs)
         record = replace(committed, owned=runs, held=runs, sums=sums)
 
-        def write() -> bool:
-            storage.write(rank, state.memory, state.half, record)
+        def write(wanted: Wanted) -> bool:
+            storage.write(rank, state.memory, state.half, record, wanted)
             return True
 
         _, errors = _together(communicator, write, self._timing.heartbeat_s)
@@ -94,27 +98,44 @@ class Durable:
             errors = _errors_of(lambda: storage.publish(records))
         # Nobody leaves before the step is complete.
         if errors := [error for said in communicator.gather_json(errors) for error in said]:
+            if rank == 0:
+                storage.discard()
             raise Misuse(f"the job was to stop, but {errors[0]}")
         training.link.send(kind="stopped", step=training.committed)
         raise Stopped(f"step {training.committed} is on storage")
 
 
 def _together(
-    communicator: Communicator, work: Callable[[], Any], period_s: float
+    communicator: Communicator, work: Callable[[Wanted], Any], period_s: float
 ) -> tuple[Any, list[str]]:
     """Do something slow on every rank while all keep meeting, so that no collective waits for long;
-    its result here, and what went wrong anywhere."""
+    its result here, and what went wrong anywhere.
+
+    When the generation ends meanwhile the work ends before this returns: the next one may train on
+    the memory that it fills.
+    """
     result: list[Any] = []
     errors: list[str] = []
-    thread = threading.Thread(
-        target=lambda: errors.extend(_errors_of(lambda: result.append(work()))), daemon=True
-    )
+    unwanted = threading.Event()
+
+    def run() -> None:
+        try:
+            errors.extend(_errors_of(lambda: result.append(work(lambda: not unwanted.is_set()))))
+        finally:
+            if not result and not errors:
+                errors.append("a rank came to no end: its output has the reason")
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     done = False
-    while not done:
-        thread.join(period_s)
-        said = communicator.gather_json([not thread.is_alive(), errors])
-        done = all(finished for finished, _ in said)
+    try:
+        while not done:
+            thread.join(period_s)
+            said = communicator.gather_json([not thread.is_alive(), errors])
+            done = all(finished for finished, _ in said)
+    finally:
+        unwanted.set()
+        thread.join()
     return (result[0] if result else None), [error for _, found in said for error in found]
 
 

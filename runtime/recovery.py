@@ -127,14 +127,16 @@ class _Entry:
     def _decide(self, reports: Sequence[Report]) -> tuple[Recovery, tuple[str, ...]]:
         """What the ladder says, and the steps on storage of which one is to be read: at the start
         of a job, and where no memory has the state any more."""
-        ladder, names = self.training.ladder, reports[0].stored
+        ladder, durable = self.training.ladder, self.training.durable
         try:
             decision = ladder.decide(reports)
         except StateLost:
-            if not names or self.generation.unread_memories:
+            if self.generation.unread_memories:
                 raise
-            return ladder.anew(reports), names
-        return decision, names if decision.fresh else ()
+            if names := durable.names(self.communicator):
+                return ladder.anew(reports), names
+            raise
+        return decision, durable.names(self.communicator) if decision.fresh else ()
 
     def _load(self, decision: Recovery, names: Sequence[str]) -> tuple[Recovery, int]:
         """A step from storage, dealt anew; returns what it is, and the half that holds it."""
@@ -211,7 +213,6 @@ class _Entry:
             slots=tuple(slot.source() for slot in survey.slots),
             parity=tuple(parity.source for parity in survey.parity),
             ended=training.ended,
-            stored=training.durable.names(),
         )
 
     def _move(self, decision: Recovery, survey: Survey) -> int:

@@ -86,6 +86,9 @@ def _leave_signals_to_agent() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, signal.SIG_IGN)
+            if number == signal.SIGTERM:  # by which the script ends its own children
+                default = partial(signal.signal, number, signal.SIG_DFL)
+                os.register_at_fork(after_in_child=default)
 
 
 def _tell_cause(
@@ -106,6 +109,8 @@ class Run:
         self._training: Training | None = None
         self._fingerprint = ""
         self._logged = 0  # steps that run.log has seen
+        self._due = 0  # the step that the script is in, as it will be counted
+        self._stopped = False  # the state is on storage, and the job ends
 
     @property
     def training(self) -> Training:
@@ -198,14 +203,17 @@ class Run:
         """
         training = self.training
         while True:
-            while training.committed < count:
+            while training.committed < count and not self._stopped:
                 step = Step(self, training.committed)
+                self._due = training.committed + 1
                 yield step
                 if not step.committed:
                     raise Misuse(
                         f"step {step.index} was left before it was committed: loop over all of "
                         "step.batches(...) inside `with step:`"
                     )
+            if self._stopped:
+                self._leave()
             if training.committed > count or training.ended >= training.committed:
                 break  # this rank joined when the others had passed the barrier
             try:
@@ -227,9 +235,15 @@ class Run:
         """Enter the next generation; the runtime calls this by itself."""
         try:
             recovery.join(self.training, self._fingerprint)
-        except Stopped as stopped:
-            self.close()
-            raise SystemExit(0) from stopped
+        except Stopped:
+            self._stopped = True
+            if self.training.committed < self._due:
+                self._leave()  # else the script has still to log the step
+
+    def _leave(self) -> None:
+        """The state is on storage: nothing is left to do."""
+        self.close()
+        raise SystemExit(0)
 
     def log(self, **metrics: float) -> None:
         """Record metrics of the step that was just committed, each step exactly once."""
@@ -243,6 +257,8 @@ class Run:
     def digest(self) -> str:
         """sha256 over the parameters and the optimizer state, equal on all ranks; a collective."""
         while True:
+            if self._stopped:
+                self._leave()
             try:
                 return self._digest()
             except _INTERRUPTED:
