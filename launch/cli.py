@@ -19,7 +19,7 @@ from outlast.cluster.environment import KEY_BYTES_MIN, environment
 from outlast.cluster.errors import Misuse
 from outlast.launch.config import LaunchConfig, key_values, node_range
 from outlast.launch.processor import worker_count
-from outlast.launch.surroundings import Surroundings, shared_key, surroundings
+from outlast.launch.surroundings import Surroundings, restart_of, shared_key, surroundings
 from outlast.launch.topology import read_racks
 
 EXIT_MISUSE = 2
@@ -256,36 +256,25 @@ def config_from_options(
         raise Misuse("--local-ranks-filter: give local ranks such as 0,1")
     _check_script(options)
     return LaunchConfig(
-        script=options["script"],
-        script_args=tuple(options["script_args"]),
-        min_nodes=low,
-        max_nodes=high,
+        script=options["script"], script_args=tuple(options["script_args"]),
+        min_nodes=low, max_nodes=high,
         nproc_per_node=worker_count(options["nproc_per_node"] or str(workers)),
         endpoints=() if local else endpoints if found is None else found.endpoints,
-        job=job,
-        standalone=local,
-        max_restarts=options["max_restarts"],
-        role=options["role"],
-        module=options["module"],
-        no_python=options["no_python"],
-        log_dir=log_dir,
+        job=job, standalone=local, log_dir=log_dir, max_restarts=options["max_restarts"],
+        role=options["role"], module=options["module"], no_python=options["no_python"],
         checkpoint_dir=str(Path(options["checkpoint_dir"] or f"{log_dir}/checkpoints").absolute()),
-        redirects=options["redirects"],
-        tee=options["tee"],
+        redirects=options["redirects"], tee=options["tee"],
         local_ranks_filter=tuple(int(text) for text in ranks),
-        local_addr=options["local_addr"],
-        interface=options["interface"],
+        local_addr=options["local_addr"], interface=options["interface"],
         node=options["node_name"] or (
             found.node if found is not None else "node" if local else socket.gethostname()
         ),
-        heartbeat_s=options["heartbeat"],
-        spares=options["spares"],
+        heartbeat_s=options["heartbeat"], spares=options["spares"],
         racks=read_racks(options["topology"]) if options["topology"] else {},
-        rebalance=options["rebalance"],
-        poison=options["poison"],
+        rebalance=options["rebalance"], poison=options["poison"],
         shutdown_timeout_s=options["shutdown_timeout"],
-        requeues=found.requeues if found is not None else 0,
-    )
+        requeues=found.requeues if found is not None else restart_of(job),
+    )  # fmt: skip
 
 
 def job_key(path: str, config: LaunchConfig, found: Surroundings | None = None) -> bytes | None:

@@ -1,8 +1,9 @@
-"""How each agent of a job ended, in one file for all starts of the job.
+"""How each agent of a job ended, in a folder for all starts of the job.
 
 It is what a start's conclusion is drawn from (`conclusion`), because nobody else can be asked
-afterwards: srun says 0 of a node that died. Invariant: a line is whole or absent (one O_APPEND
-write), and a node without a line has lost its agent.
+afterwards: srun says 0 of a node that died. Invariant: a record is whole or absent, and a node
+without one has lost its agent. Hence a file for each agent: all of them end in the same instant,
+and what several machines append to one file of NFS overwrites each other.
 """
 
 import json
@@ -10,12 +11,13 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 from outlast.cluster.view import View
 from outlast.launch.ending import Outcome
 
-FILE = "outcomes.jsonl"
+OUTCOMES = "outcomes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,7 @@ class OutcomeLog:
     """What one agent has seen that matters afterwards."""
 
     def __init__(self, directory: Path, job: str, restart: int, node: str) -> None:
-        self._path, self._job, self._restart, self._node = directory / FILE, job, restart, node
+        self._path, self._job, self._restart, self._node = directory / OUTCOMES, job, restart, node
         self.source = -1
         self._seen: dict[str, None] = {}
         self._evicted: dict[str, None] = {}
@@ -62,7 +64,7 @@ class OutcomeLog:
         self._evicted |= dict.fromkeys(nodes)
 
     def write(self, agent: str, outcome: Outcome, step: int, there: Iterable[str]) -> None:
-        """Append the end of this agent; `there`: the nodes that are in the job to the last."""
+        """Leave the end of this agent; `there`: the nodes that are in the job to the last."""
         present = {*there, self._node}
         record = Record(
             time=time.time(), job=self._job, restart=self._restart, node=self._node, agent=agent,
@@ -71,27 +73,30 @@ class OutcomeLog:
             lost=tuple(node for node in self._seen if node not in present),
             evicted=tuple(self._evicted),
         )  # fmt: skip
-        file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        try:
-            os.write(file, json.dumps(asdict(record)).encode() + b"\n")
-        finally:
-            os.close(file)
+        self._path.mkdir(exist_ok=True)
+        fresh = self._path / f".{agent}"
+        fresh.write_text(json.dumps(asdict(record)), encoding="utf-8")
+        fresh.replace(self._path / f"{self._node}-{agent}.json")
 
 
 def read_outcomes(directory: Path) -> list[Record]:
-    """All records, oldest first; a line that is none, or of another version, is passed over."""
+    """All records, oldest first; a file that holds none, or of another version, is passed over.
+
+    Raises OSError: nothing is known then, which is not the same as no record.
+    """
     try:
-        lines = (directory / FILE).read_bytes().splitlines()
+        names = os.listdir(directory / OUTCOMES)
     except FileNotFoundError:
         return []
-    found = []
-    for line in lines:
-        try:
-            values = json.loads(line)
-            lists = {name: tuple(value) for name, value in values.items() if type(value) is list}
-            found.append(Record(**{**values, **lists}))
-        except (ValueError, TypeError, AttributeError):
-            continue
-    return found
+    found = [_read(directory / OUTCOMES / name) for name in names if name.endswith(".json")]
+    return sorted((record for record in found if record is not None), key=lambda r: r.time)
 
 
+@cache  # for they never change, and a supervisor asks often
+def _read(path: Path) -> Record | None:
+    try:
+        values = json.loads(path.read_bytes())
+        lists = {name: tuple(value) for name, value in values.items() if type(value) is list}
+        return Record(**{**values, **lists})
+    except (ValueError, TypeError, AttributeError):
+        return None

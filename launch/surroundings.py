@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import os
+import re
 import secrets
 import socket
 from contextlib import suppress
@@ -74,23 +75,22 @@ def _of(slurm: Slurm) -> Surroundings:
     # Its own address, too, so that every node listens at the job's port and newcomers find any.
     meeting = dict.fromkeys([*nodes[:ENDPOINTS_MAX], *([node] if node in nodes else [])])
     return Surroundings(
-        job=job,
-        node=node,
-        nodes=nodes,
+        job=job, node=node, nodes=nodes, key=None, nproc=slurm.gpus or None,
         endpoints=tuple(f"{name}:{port}" for name in meeting),
-        nproc=slurm.gpus or None,
-        key=None,
         log_dir=f"outlast_logs/slurm-{slurm.job}",
-        requeues=slurm.restarts,
-        slurm=slurm.job,
-        supervises=not slurm.step,
-    )
+        requeues=slurm.restarts, slurm=slurm.job, supervises=not slurm.step,
+    )  # fmt: skip
 
 
 def job_port(job: str) -> int:
     """The port of a job's agents, the same wherever it is computed."""
     digest = hashlib.sha256(job.encode()).digest()
     return PORTS[int.from_bytes(digest[:8], "big") % len(PORTS)]
+
+
+def restart_of(job: str) -> int:
+    """Which start of a job in an allocation has this name, for those who join it from outside."""
+    return int("".join(re.findall(r"^slurm-\d+-(\d+)$", job)) or 0)
 
 
 def shared_key(path: Path) -> bytes:

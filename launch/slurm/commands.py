@@ -4,6 +4,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Collection
+from contextlib import suppress
 
 import click
 
@@ -14,8 +15,9 @@ AGAIN_S, AGAIN_MAX = 0.5, 60
 
 
 def say(text: str) -> None:
-    """A line for people."""
-    click.echo(f"outlast: {text}", err=True)
+    """A line for people, who may have no room for it: nothing depends on that."""
+    with suppress(OSError):
+        click.echo(f"outlast: {text}", err=True)
 
 
 def command(*words: str) -> tuple[str, str]:

@@ -2,7 +2,8 @@
 
 The supervisor concludes. Its node is one like the others: where it is gone, one of the agents
 does, and ends the job, which SLURM would call running until its time limit. Invariant: a start is
-concluded once.
+concluded once: by whoever makes its marker, or the next one if that process dies before SLURM has
+heard of it.
 """
 
 import json
@@ -11,15 +12,16 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
-from outlast.launch.outcome_log import FILE as OUTCOMES
-from outlast.launch.outcome_log import Record, read_outcomes
+from outlast.launch.outcome_log import OUTCOMES, Record, read_outcomes
 from outlast.launch.slurm.commands import command, drain, nodes_of, preempted, requeue, say
 from outlast.launch.slurm.conclusion import EXIT_AGAIN, EXIT_FAILED, Start, decide
 
 FILE = "job.json"
 PROBE_S = 1.0
+PROBES_MAX = 180  # longer than all commands of a conclusion take, each at its own limit
 MISSED_MAX = 3
 
 
@@ -47,8 +49,9 @@ class SlurmJob:
         """Replace the file of an earlier start; what another launch in this very start has left,
         in salloc's shell for instance, is set aside, or this one would be over at once."""
         if any(record.restart == self.restart for record in self.records(directory)):
-            (directory / OUTCOMES).rename(directory / f"outcomes.{time.time_ns()}.jsonl")
-        (directory / f".concluded-{self.restart}").unlink(missing_ok=True)
+            (directory / OUTCOMES).rename(directory / f"{OUTCOMES}.{time.time_ns()}")
+        for marker in directory.glob(f".*ed-{self.restart}-*"):
+            marker.unlink()
         fresh = directory / f".{FILE}"
         fresh.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
         fresh.replace(directory / FILE)
@@ -75,25 +78,40 @@ class SlurmJob:
 
     def start(self, directory: Path) -> Start:
         """What is known of this start."""
-        return Start.of([r for r in self.records(directory) if r.restart == self.restart])
+        found = [r for r in self.records(directory) if r.restart == self.restart]
+        return Start.of(found, self.nodes)
 
     def conclude(self, directory: Path) -> int | None:
         """Say and do what is to become of the job; its exit code, None if it starts again."""
-        with suppress(FileExistsError):
-            (directory / f".concluded-{self.restart}").touch(exist_ok=False)
-            records, nodes = self.records(directory), self.nodes
-            decision = decide(records, self.restart, nodes, self.tries, preempted(self.number))
-            if decision.code in (EXIT_FAILED, EXIT_AGAIN):
-                say(decision.text)  # of the rest, the agents have said it
-            if self.drain:
-                drain(self.number, decision.bad)
-            if not (decision.again and self.requeue):
-                return decision.code
+        if not self._claim(directory):
+            return None  # somebody else did
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if preempted(self.number):
+            (directory / f".preempted-{self.restart}-").touch()
+        spared = [int(path.name.split("-")[1]) for path in directory.glob(".preempted-*-")]
+        decision = decide(self.records(directory), self.restart, self.nodes, self.tries, spared)
+        if decision.code in (EXIT_FAILED, EXIT_AGAIN):
+            say(decision.text)  # of the rest, the agents have said it
+        if self.drain:
+            drain(self.number, decision.bad)
+        if decision.again and self.requeue:
             if not (wrong := requeue(self.number, decision.bad, len(self.nodes))):
                 return None
             say(f"cannot start again by itself ({wrong}): start it with the same --log-dir")
-            return decision.code
-        return None  # somebody else did
+        return decision.code
+
+    def _claim(self, directory: Path) -> bool:
+        """Whether to conclude: nobody else does, or who began to has had more than enough time."""
+        for attempt in count():
+            with suppress(FileExistsError):
+                (directory / f".concluded-{self.restart}-{attempt}").touch(exist_ok=False)
+                break
+            for _ in range(PROBES_MAX):
+                state, wrong = command("squeue", "-h", "-j", self.number, "-o", "%T")
+                if SlurmJob.read(directory) != self or not (wrong or state == "RUNNING"):
+                    return False
+                time.sleep(PROBE_S)
+        return True
 
 
 def answers(address: str) -> bool:
@@ -125,7 +143,6 @@ def outlive_supervisor(directory: Path, job: str, node: str, cut_off: bool) -> N
         here = () if over or not silent else nodes_of(start.number)
         missed += over or not silent or (bool(here) and not silent & {*here})
         time.sleep(PROBE_S)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if start.conclude(directory) is not None:
         say(f"{host}, which ran the batch script, is gone: {node} ends the job")
         command("scancel", start.number)

@@ -5,18 +5,23 @@ was dead. Invariant: none of the agents' decisions needs the supervisor; it star
 killed or cut off, hands signals on, and concludes.
 """
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from outlast.cluster.environment import environment
 from outlast.cluster.timing import Timing
 from outlast.launch.config import LaunchConfig
 from outlast.launch.slurm.commands import command, nodes_of, say
-from outlast.launch.slurm.conclusion import CUT_OFF, EXIT_AGAIN
+from outlast.launch.slurm.conclusion import CUT_OFF, EXIT_AGAIN, Start
 from outlast.launch.slurm.job import SlurmJob, answers
 from outlast.launch.standalone import signals
 from outlast.launch.surroundings import Surroundings, job_port
@@ -32,6 +37,7 @@ STEP = (
     "--open-mode=append",
 )  # fmt: skip
 CONSOLE = "console-{}.log"
+say_once = cache(say)
 
 
 class Step:
@@ -67,9 +73,8 @@ class Step:
                 file.seek(self._copied)
                 fresh = file.read()
             whole = fresh.rfind(b"\n") + 1
-            self._copied += whole
-            sys.stdout.buffer.write(fresh[:whole])
-            sys.stdout.buffer.flush()
+            if whole:  # unbuffered: what there is no room for now is copied later
+                self._copied += os.write(sys.stdout.fileno(), fresh[:whole])
 
     def signal(self, number: int) -> None:
         """Send to srun, which hands SIGINT and SIGUSR1 on."""
@@ -94,21 +99,22 @@ class Supervisor:
         self.steps = [Step(node, self.directory) for node in found.nodes]
         self.signal = 0  # that somebody sent to end the job, other than SLURM's warning
         self._over: float | None = None
+        self._start = Start.of(())  # as far as is known
 
     def run(self) -> int:
         """Until the start is over and concluded; returns the exit code."""
         left = command("squeue", "-h", "-j", self.found.slurm, "-o", "%L")[0] or "unknown"
         say(f"SLURM job {self.found.slurm}: {len(self.steps)} nodes, time left {left}")
         with signals() as wakeup, socket.create_server(("", 0), backlog=4096) as server:
-            job = self._job(server.getsockname()[1])
+            job = self.job(server.getsockname()[1])
             job.begin(self.directory)
             wakeup.settimeout(POLL_S)
             server.setblocking(False)
             for step in self.steps:
                 step.start()
-            while not self._ended(job):
+            while not self._ended():
                 self._hear(wakeup)
-                self._revive(job)
+                self.attempt(lambda: self._revive(job))
                 self._copy()
                 _answer(server)
             self._copy()
@@ -116,14 +122,23 @@ class Supervisor:
             job.end(self.directory)
             return EXIT_AGAIN if code is None else code
 
-    def _job(self, port: int) -> SlurmJob:
+    def attempt(self, work: Callable[[], None]) -> None:
+        """What is in the way of some work, such as a disk that is full, does not end the job."""
+        try:
+            work()
+        except OSError as error:
+            say_once(f"the supervisor goes on in spite of: {error}")
+
+    def job(self, port: int) -> SlurmJob:
+        """What others have to know of this start; `port`: where the supervisor listens."""
         config, found = self.config, self.found
+        key = self.options["job_key_file"] or (not environment().job_key and self.directory / "key")
         flags = {
             "--rdzv-endpoint": ",".join(f"{node}:{job_port(found.job)}" for node in found.nodes),
             "--rdzv-id": config.job, "--nnodes": f"{config.min_nodes}:{config.max_nodes}",
             "--spares": config.spares, "--nproc-per-node": config.nproc_per_node,
             "--log-dir": self.directory, "--checkpoint-dir": config.checkpoint_dir,
-            "--job-key-file": self.directory / "key",
+            **({"--job-key-file": Path(key).absolute()} if key else {}),
         }  # fmt: skip
         return SlurmJob(
             job=config.job, number=found.slurm, restart=found.requeues, nodes=found.nodes,
@@ -134,11 +149,10 @@ class Supervisor:
             arguments=tuple(sys.argv[sys.argv.index("launch") + 1 :]),
         )  # fmt: skip
 
-    def _ended(self, job: SlurmJob) -> bool:
+    def _ended(self) -> bool:
         """Whether nothing more comes of this start; ends what hangs on after its end."""
         running = [step for step in self.steps if step.runs]
-        start = job.start(self.directory)
-        if start.over or self.signal:
+        if (start := self._start).over or self.signal:
             # Those that are dead for the others are so for us, whenever srun hears of it.
             lost = {node for r in start.records if r.code != CUT_OFF for node in r.lost}
             self._over = self._over or time.monotonic()
@@ -152,21 +166,18 @@ class Supervisor:
         return not running
 
     def _hear(self, wakeup: socket.socket) -> None:
-        try:
-            numbers = wakeup.recv(64)
-        except TimeoutError:
-            return
-        for number in numbers:
-            if number != signal.SIGUSR1:
-                self.signal = self.signal or number
-            # SLURM sends its SIGTERM to the agents, too; as SIGUSR1 it does no harm twice.
-            for step in self.steps:
-                step.signal(signal.SIGINT if number == signal.SIGINT else signal.SIGUSR1)
+        with suppress(TimeoutError):
+            for number in wakeup.recv(64):
+                if number != signal.SIGUSR1:
+                    self.signal = self.signal or number
+                # SLURM sends its SIGTERM to the agents, too; as SIGUSR1 it does no harm twice.
+                for step in self.steps:
+                    step.signal(signal.SIGINT if number == signal.SIGINT else signal.SIGUSR1)
 
     def _revive(self, job: SlurmJob) -> None:
         """Start agents again that ended alone, while others go on."""
-        start, here = job.start(self.directory), None
-        others = [step for step in self.steps if step.runs]
+        start = self._start = job.start(self.directory)
+        here, others = None, [step for step in self.steps if step.runs]
         if start.over or self.signal or not others:
             return
         for step in self.steps:
@@ -187,7 +198,7 @@ class Supervisor:
 
     def _copy(self) -> None:
         for step in self.steps:
-            step.copy()
+            self.attempt(step.copy)
 
     def _reached(self, steps: list[Step]) -> bool:
         return any(answers(f"{step.node}:{job_port(self.found.job)}") for step in steps)
@@ -195,8 +206,6 @@ class Supervisor:
 
 def _answer(server: socket.socket) -> None:
     """Take the calls of agents that ask whether the supervisor lives."""
-    while True:
-        try:
+    with suppress(BlockingIOError):
+        while True:
             server.accept()[0].close()
-        except BlockingIOError:
-            return

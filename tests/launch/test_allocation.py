@@ -1,6 +1,7 @@
 """What a launch learns from SLURM's variables, and the script that `outlast submit` writes."""
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from outlast.launch import cli
 from outlast.launch.config import LaunchConfig
 from outlast.launch.ending import Outcome
 from outlast.launch.outcome_log import OutcomeLog, read_outcomes
+from outlast.launch.slurm import job as slurm_job
 from outlast.launch.slurm.hostlist import hostnames
 from outlast.launch.slurm.job import SlurmJob
+from outlast.launch.slurm.supervisor import Supervisor
 from outlast.launch.surroundings import Surroundings, shared_key, surroundings
 
 BATCH = {
@@ -136,11 +139,68 @@ def test_outcomes_are_read_as_they_were_written(tmp_path: Path) -> None:
     log = OutcomeLog(tmp_path, "slurm-7-1", 1, "n4")
     log.source = 3
     log.write("x", Outcome(138, "text", signal=10, step=9), 7, ["n1"])
-    with (tmp_path / "outcomes.jsonl").open("a") as file:
-        file.write('{"torn\n[]\n{"code": 1, "of": "another version"}\n')
+    for n, text in enumerate(['{"torn', "", "[]", '{"code": 1, "of": "another version"}']):
+        (tmp_path / "outcomes" / f"{n}.json").write_text(text)
     (record,) = read_outcomes(tmp_path)
     assert (record.node, record.restart, record.code, record.signal) == ("n4", 1, 138, 10)
     assert (record.step, record.source, record.stopped, record.lost) == (9, 3, True, ())
+
+
+def test_each_agent_writes_a_file_of_its_own(tmp_path: Path) -> None:
+    """Several machines that append to one file of NFS overwrite each other's lines."""
+    for n in range(3):
+        OutcomeLog(tmp_path, "slurm-7-0", 0, "n1").write(f"agent{n}", Outcome(75), n, [])
+    found = read_outcomes(tmp_path)
+    assert [(record.agent, record.step) for record in found] == [
+        (f"agent{n}", n) for n in range(3)
+    ]
+    assert len(list((tmp_path / "outcomes").iterdir())) == 3
+
+
+def test_nodes_that_join_know_which_start_it_is(slurm: Any) -> None:
+    slurm(BATCH)
+    arguments = ["--rdzv-endpoint", "n1:2", "--nnodes", "2", "--rdzv-id"]
+    for name, restart in (("slurm-17-2", 2), ("slurm-17-0", 0), ("mine-3", 0), ("none", 0)):
+        context = cli.launch.make_context("launch", [*arguments, name, __file__])
+        assert cli.config_from_options(context.params).requeues == restart
+
+
+def supervisor(slurm: Any, directory: Path, monkeypatch: Any, *flags: str) -> Supervisor:
+    found = slurm(BATCH)
+    arguments = ["--log-dir", str(directory), *flags, __file__]
+    monkeypatch.setattr(sys, "argv", ["outlast", "launch", *arguments])
+    context = cli.launch.make_context("launch", arguments)
+    return Supervisor(cli.config_from_options(context.params, found), found, context.params)
+
+
+def test_nodes_that_join_get_the_key_that_is_used(
+    slurm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(*flags: str) -> str:
+        given = supervisor(slurm, tmp_path, monkeypatch, *flags).job(1).flags
+        return dict(zip(given[::2], given[1::2], strict=True)).get("--job-key-file", "")
+
+    monkeypatch.delenv("OUTLAST_JOB_KEY", raising=False)
+    assert key() == str(tmp_path / "key")
+    monkeypatch.setenv("OUTLAST_JOB_KEY", "x" * 64)
+    assert key() == "", "theirs comes by the environment, too"
+    assert key("--job-key-file", "mine") == str(Path("mine").absolute())
+
+
+def test_a_full_disk_does_not_end_the_supervisor(
+    slurm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ours = supervisor(slurm, tmp_path, monkeypatch)
+    for step in ours.steps:
+        (tmp_path / f"console-{step.node}.log").write_text("one\ntwo\npart")
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        for step in ours.steps * 2:
+            ours.attempt(step.copy)
+    assert capfd.readouterr().err.count("No space left") == 1
+    for step in ours.steps * 2:
+        ours.attempt(step.copy)
+    assert capfd.readouterr().out == "one\ntwo\n" * len(ours.steps), "each line once, later"
 
 
 def submitted(*arguments: str) -> str:
@@ -171,12 +231,44 @@ def test_the_script(tmp_path: Path) -> None:
     assert words[-3:] == ["train.py", "--text", "it's"]
 
 
-def test_the_script_of_newcomers(tmp_path: Path) -> None:
-    SlurmJob(
+def begun(directory: Path) -> SlurmJob:
+    job = SlurmJob(
         job="slurm-7-0", number="7", restart=0, nodes=("n1",), supervisor="n1:1", tries=3,
         requeue=True, drain=False, here="/data/run", flags=("--rdzv-endpoint", "n1:2"),
         arguments=("--spares", "1", "train.py"),
-    ).begin(tmp_path)  # fmt: skip
+    )  # fmt: skip
+    job.begin(directory)
+    return job
+
+
+def test_a_job_is_concluded_although_the_first_to_do_so_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(slurm_job, "PROBE_S", 0.01)
+    job = begun(tmp_path)
+    OutcomeLog(tmp_path, job.job, 0, "n1").write("x", Outcome(0), 7, [])
+    if (child := os.fork()) == 0:
+        slurm_job.preempted = lambda number: os._exit(9)  # type: ignore[assignment]
+        job.conclude(tmp_path)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    try:
+        assert job.conclude(tmp_path) == 0
+        job.end(tmp_path)
+        assert job.conclude(tmp_path) is None, "it has been"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_outcomes_that_cannot_be_read_are_not_taken_for_none(tmp_path: Path) -> None:
+    (tmp_path / "outcomes").write_text("no folder")
+    with pytest.raises(OSError, match="Not a directory"):
+        read_outcomes(tmp_path)
+
+
+def test_the_script_of_newcomers(tmp_path: Path) -> None:
+    begun(tmp_path)
     text = submitted("--join", "7", "--log-dir", str(tmp_path), "--time", "1:00")
     assert "#SBATCH --chdir=/data/run" in text
     assert "#SBATCH --signal=TERM@90" in text  # SIGUSR1 would stop the job as a whole

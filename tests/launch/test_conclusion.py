@@ -80,16 +80,52 @@ def test_lost_state_is_not_the_script_s_fault() -> None:
     assert Start.of(starts[:3]).kind is Kind.LOST
 
 
+def warned(*steps: int, **rest: object) -> list[Record]:
+    """Starts that SIGUSR1 ended at these steps."""
+    return [
+        r for n, step in enumerate(steps)
+        for r in everywhere(138, signal=10, step=step, restart=n, **rest)
+    ]  # fmt: skip
+
+
 def test_a_stop_at_a_signal_is_no_failure() -> None:
-    starts = [r for n in range(9) for r in everywhere(138, signal=10, restart=n)]
-    assert decide(starts, 8, NODES, 3).again
+    assert decide(warned(*range(9)), 8, NODES, 3).again
+    assert decide(warned(9, 2, 5, 8, stopped=True), 3, NODES, 1).again is False
+    assert decide(warned(*range(9), stopped=True), 8, NODES, 1).again
+    # What was committed last is lost with the nodes; a later start brings less to storage.
+    lost = everywhere(75, step=50)
+    stored = everywhere(138, signal=10, step=30, stopped=True, restart=1)
+    assert decide(lost + stored, 1, NODES, 1).again
+    assert not decide(lost + everywhere(138, signal=10, step=30, restart=1), 1, NODES, 1).again
+
+
+def test_time_limits_that_are_too_short_to_begin_are_not_tried_for_ever() -> None:
+    assert decide(warned(-1, -1), 1, NODES, 3).again
+    decision = decide(warned(-1, -1, -1), 2, NODES, 3)
+    assert (decision.again, decision.code) == (False, 1)
+    assert "3 starts in a row came to no new step" in decision.text
+    assert decide(warned(-1, -1, -1), 2, NODES, 3, preempted=[2]).again
+    assert decide(warned(-1, -1, -1), 2, NODES, 3, preempted=[0]).again, "it was not its time"
+    ended = warned(-1, -1) + everywhere(143, signal=15, restart=2)
+    assert decide(ended, 2, NODES, 1).code == 143, "whoever ends it is told so"
+
+
+def test_a_node_that_left_before_does_not_say_how_the_start_ended() -> None:
+    left = record(143, "a", signal=15)
+    decision = decide([left], 0, NODES, 3)
+    assert (decision.again, decision.code, decision.bad) == (True, 75, ())
+    assert decide([left, record(70, "b", time=1.0), record(143, "c", signal=15)], 0, NODES, 3).again
+    back = [left, record(70, "a", time=1.0)]
+    assert decide(back, 0, ["a"], 3).again, "the last word counts"
+    dead = [record(143, node, signal=15, lost=("c",)) for node in "ab"]
+    assert decide(dead, 0, NODES, 3).code == 143, "c was dead when somebody ended the job"
 
 
 def test_a_preempted_job_starts_again_whatever_the_signal() -> None:
     records = everywhere(143, signal=15, stopped=True, step=7)
     assert not decide(records, 0, NODES, 3).again
-    assert decide(records, 0, NODES, 3, preempted=True).again
-    assert not decide(everywhere(0), 0, NODES, 3, preempted=True).again
+    assert decide(records, 0, NODES, 3, preempted=[0]).again
+    assert not decide(everywhere(0), 0, NODES, 3, preempted=[0]).again
 
 
 def endless(decide: Decide, seed: int, tries: int) -> bool:
@@ -102,7 +138,7 @@ def endless(decide: Decide, seed: int, tries: int) -> bool:
         signal = 10 if kind == "stopped" else 0
         if kind != "gone":
             records += everywhere(code[kind], step=step, restart=restart, signal=signal)
-        stale = 0 if step > best and kind != "gone" else stale + (kind != "stopped")
+        stale = 0 if step > best and kind != "gone" else stale + 1
         best = max(best, step) if kind != "gone" else best
         if not decide(records, restart, NODES, tries).again:
             return False

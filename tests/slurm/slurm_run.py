@@ -43,8 +43,7 @@ class RunLog:
 
     @property
     def outcomes(self) -> list[dict[str, Any]]:
-        path = self.directory / "outcomes.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(path.read_text()) for path in self.directory.glob("outcomes/*.json")]
 
     @property
     def steps(self) -> list[dict[str, Any]]:
