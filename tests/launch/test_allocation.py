@@ -203,6 +203,23 @@ def test_a_full_disk_does_not_end_the_supervisor(
     assert capfd.readouterr().out == "one\ntwo\n" * len(ours.steps), "each line once, later"
 
 
+def test_outcomes_that_cannot_be_read_for_a_while_do_not_end_the_supervisor(
+    slurm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In place of srun, a program that has the log directory fail as long as it runs."""
+    ours = supervisor(slurm, tmp_path / "logs", monkeypatch, "--no-requeue")
+    (tmp_path / "logs").mkdir()
+    folder = tmp_path / "logs" / "outcomes"
+    srun = tmp_path / "srun"
+    srun.write_text(f"#!/bin/sh\ntouch {folder}\nsleep 2\nrm -f {folder}\n")
+    srun.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert ours.run() == 75, "it concludes, as nobody has left a word"
+    said = capfd.readouterr().err
+    assert said.count("goes on in spite of") == 1
+    assert "no agent is left that could say why" in said
+
+
 def submitted(*arguments: str) -> str:
     result = CliRunner().invoke(cli.commands, ["submit", "--print", *arguments])
     assert result.exit_code == 0, result.exception
