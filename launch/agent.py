@@ -125,6 +125,7 @@ class Agent:
                    code=outcome.code, cause=outcome.text)  # fmt: skip
         self.events.close()
         if not outcome.rejoin:
+            self.outcomes.plain = not self.elastic
             self.outcomes.write(self.agent, outcome, self.metrics.newest, there)
         return outcome
 

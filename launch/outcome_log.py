@@ -27,7 +27,7 @@ class Record:
     restart: which start of the job. step: the newest committed step it knew of; source: the step
     on storage from which the start went on; both -1 if there is none. stopped: the state was
     brought to storage at a signal. lost: nodes that left its view and are not back. evicted: nodes
-    whose workers computed wrong gradients.
+    whose workers computed wrong gradients. plain: no worker spoke outlast, so steps are unknown.
     """
 
     time: float
@@ -43,6 +43,7 @@ class Record:
     stopped: bool = False
     lost: tuple[str, ...] = ()
     evicted: tuple[str, ...] = ()
+    plain: bool = False
 
 
 class OutcomeLog:
@@ -51,6 +52,7 @@ class OutcomeLog:
     def __init__(self, directory: Path, job: str, restart: int, node: str) -> None:
         self._path, self._job, self._restart, self._node = directory / OUTCOMES, job, restart, node
         self.source = -1
+        self.plain = True
         self._seen: dict[str, None] = {}
         self._evicted: dict[str, None] = {}
 
@@ -71,7 +73,7 @@ class OutcomeLog:
             code=outcome.code, text=outcome.text, signal=outcome.signal,
             step=max(step, outcome.step), source=self.source, stopped=outcome.step >= 0,
             lost=tuple(node for node in self._seen if node not in present),
-            evicted=tuple(self._evicted),
+            evicted=tuple(self._evicted), plain=self.plain,
         )  # fmt: skip
         self._path.mkdir(exist_ok=True)
         fresh = self._path / f".{agent}"

@@ -130,12 +130,14 @@ def decide(
 
 def _stale(starts: Sequence[Start], preempted: Collection[int]) -> int:
     """How many of the last starts in a row came to nothing: neither further than all before, nor
-    to a later step on storage, for what others had come to since may be lost."""
+    to a later step on storage, for what others had come to since may be lost. Of a plain script
+    that is warned nothing is known."""
     best = stored = -1
     stale = 0
     for n, start in enumerate(starts):
         kept = max((r.step for r in start.records if r.stopped), default=-1)
-        asked = start.kind is Kind.STOPPED and (start.signal != SIGUSR1 or n in preempted)
+        warned = start.signal == SIGUSR1 and not all(r.plain for r in start.records)
+        asked = start.kind is Kind.STOPPED and (not warned or n in preempted)
         stale = 0 if start.step > best or kept > max(stored, start.source) else stale + (not asked)
         best, stored = max(best, start.step), max(stored, start.source, kept)
     return stale

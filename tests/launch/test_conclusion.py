@@ -104,6 +104,7 @@ def test_time_limits_that_are_too_short_to_begin_are_not_tried_for_ever() -> Non
     decision = decide(warned(-1, -1, -1), 2, NODES, 3)
     assert (decision.again, decision.code) == (False, 1)
     assert "3 starts in a row came to no new step" in decision.text
+    assert decide(warned(-1, -1, -1, plain=True), 2, NODES, 3).again, "it has its own storage"
     assert decide(warned(-1, -1, -1), 2, NODES, 3, preempted=[2]).again
     assert decide(warned(-1, -1, -1), 2, NODES, 3, preempted=[0]).again, "it was not its time"
     ended = warned(-1, -1) + everywhere(143, signal=15, restart=2)
