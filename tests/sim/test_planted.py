@@ -28,9 +28,9 @@ SHARDED = Shape(4, 1, how=Redundancy(zero=2, parity=1))
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
-def found(kinds: tuple[str, ...], wild: bool = False) -> Iterator[str]:
+def found(kinds: tuple[str, ...], wild: bool = False, first: int = 0) -> Iterator[str]:
     """What the checkers say of many seeds, until they say something."""
-    for seed in range(SEEDS):
+    for seed in range(first, first + SEEDS):
         try:
             simulate(seed, shape=SHARDED, wild=wild, kinds=kinds)
         except Violation as violation:
@@ -154,12 +154,14 @@ def what_was_on_a_broken_link_is_lost(patch: pytest.MonkeyPatch) -> None:
 
 
 # Bugs that the simulation found, planted again: any checker may be the first to see them.
-MENDED: list[tuple[Plant, tuple[str, ...]]] = [
-    (begin_anew_when_all_are_new, ("kill_worker",)),
-    (wait_for_who_is_gone, ("kill_node", "cut")),
-    (wait_at_a_barrier_behind_the_others, ("kill_node", "slow", "kill_worker")),
-    (what_was_on_a_broken_link_is_lost, ("cut", "slow")),
+# Two of them take a rare moment: they are looked for from a seed on that is known to have it.
+MENDED: list[tuple[Plant, tuple[str, ...], int]] = [
+    (begin_anew_when_all_are_new, ("kill_worker",), 0),
+    (wait_for_who_is_gone, ("kill_node", "cut"), 880),
+    (wait_at_a_barrier_behind_the_others, ("kill_node", "slow", "kill_worker"), 340),
+    (what_was_on_a_broken_link_is_lost, ("cut", "slow"), 0),
 ]
+
 
 def poison_is_not_looked_for(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(jury.Jury, "clear", lambda *_: True)
@@ -196,10 +198,10 @@ def test_a_planted_bug_is_found(
 
 
 
-@pytest.mark.parametrize(("plant", "kinds"), MENDED, ids=[m[0].__name__ for m in MENDED])
+@pytest.mark.parametrize(("plant", "kinds", "first"), MENDED, ids=[m[0].__name__ for m in MENDED])
 def test_a_mended_bug_would_be_found(
-    monkeypatch: pytest.MonkeyPatch, plant: Plant, kinds: tuple[str, ...]
+    monkeypatch: pytest.MonkeyPatch, plant: Plant, kinds: tuple[str, ...], first: int
 ) -> None:
     twin(SHARDED.task)  # what is right is known before
     plant(monkeypatch)
-    assert next(found(kinds), None) is not None
+    assert next(found(kinds, first=first), None) is not None
