@@ -83,6 +83,7 @@ def test_a_full_dev_shm_does_not_matter(tmp_path: Path) -> None:
     assert done.stdout.count(f"digest {alone()}") == 2
 
 
+@pytest.mark.long  # tests/slurm has its like
 def test_a_node_that_returns_takes_part(tmp_path: Path) -> None:
     """Three nodes, each a launch of its own; one is killed and started again."""
     port = _free_port()

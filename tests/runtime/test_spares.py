@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from training_job import ENVIRONMENT, TrainingJob, alone
 
 Start = Callable[..., TrainingJob]
@@ -51,6 +52,7 @@ def test_a_spare_takes_a_lost_nodes_place_in_the_same_step(start: Start) -> None
     assert job.steps == list(range(1, 81))
 
 
+@pytest.mark.long  # tests/slurm has its like
 def test_two_nodes_and_a_spare_lose_both_nodes_in_turn(tmp_path: Path) -> None:
     """Three nodes, each a launch of its own: one is lost and returns as the spare, and then takes
     the place of the first, which two nodes alone could not have lost."""
