@@ -48,6 +48,7 @@ class Rung(StrEnum):
     MEMORY = "memory"
     PARITY = "parity"
     AVERAGE = "average"
+    CHECKPOINT = "checkpoint"  # the step on storage
     HEAL = "heal"  # nothing was lost: a joiner takes its share
 
 
@@ -64,8 +65,8 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What every rank does next; `step` counts committed steps; `fresh` means nothing is stored
-    yet."""
+    """What every rank does next; `step` counts committed steps; `fresh` means nothing is in memory
+    yet, `stored` that all of it came from storage."""
 
     step: int
     layout: Layout
@@ -78,6 +79,7 @@ class Recovery:
     fills: tuple[Fill, ...] = ()
     norms: tuple[float, ...] = ()
     lineage: Lineage = ()
+    stored: bool = False
 
     def rungs(self, shape: StateShape) -> dict[str, int]:
         """Bytes that each rung supplied."""
@@ -90,6 +92,8 @@ class Recovery:
         if self.fills:
             elements = sum(fill.run.numel for fill in self.fills)
             total[Rung.AVERAGE] = elements * shape.element_bytes
+        if self.stored:
+            total[Rung.CHECKPOINT] = shape.numel * shape.element_bytes
         return {str(rung): size for rung, size in total.items()}
 
     def moved(self, shape: StateShape) -> int:

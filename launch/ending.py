@@ -44,7 +44,7 @@ class Ending:
         self.succeeded = self.complete = False
         self.signal: signal.Signals | None = None  # the first that this node got
         self._stored = -1  # the step that was brought to storage
-        self._limited = False  # whether the grace of a job that stops runs already
+        self._limited = False  # whether the grace runs
 
     @property
     def stopping(self) -> str:
@@ -85,8 +85,10 @@ class Ending:
             self._limit(number)
 
     def _limit(self, number: signal.Signals) -> None:
-        """From now on the grace runs."""
-        agent = self._agent
+        """From now on the grace runs, if it does not yet."""
+        agent, before, self._limited = self._agent, self._limited, True
+        if before:
+            return
         late = f"the state was not on storage within {agent.grace_s:.0f} s"
         text = f"stopped by {number.name}: {late}"
         outcome = Outcome(128 + number, text, graceful=False, signal=number)
@@ -100,9 +102,7 @@ class Ending:
 
     def stop(self) -> None:
         """The view says that the job stops: whoever does not train ends now."""
-        if not self._limited:
-            self._limited = True
-            self._limit(signal.Signals[self.stopping])
+        self._limit(signal.Signals[self.stopping])
         dismiss(self._agent.crew)
         if self._agent.spare.waits:
             self._release()
@@ -117,6 +117,8 @@ class Ending:
         asyncio.get_running_loop().call_later(wait_s, self._end_stored)
 
     def _end_stored(self) -> None:
+        if not self.stopping:
+            return  # cut off before the view came that says so
         number, where = signal.Signals[self.stopping], self._agent.config.checkpoint_dir
         text = (f"stopped by {number.name}; step {self._stored} is in {where}: "
                 f"the same command with --checkpoint-dir {where} goes on")  # fmt: skip

@@ -116,7 +116,7 @@ class _Entry:
             joined=previous is None,
             phases=self._phases(),
             lost=lost,
-            rungs={"checkpoint": self._size} if stored else decision.rungs(self.memory.shape),
+            rungs=decision.rungs(self.memory.shape),
             moved=decision.moved(self.memory.shape),
             leaves_kept=kept,
             leaves_missing=training.settings.leaves - kept,
@@ -150,17 +150,12 @@ class _Entry:
                         for n, one in enumerate(reversed(first.lineage)))[::-1]  # fmt: skip
         decision = replace(
             decision, step=stored.step, fresh=False, losses=tuple(first.losses),
-            scalars=first.scalars, norms=first.norms, lineage=lineage,
+            scalars=first.scalars, norms=first.norms, lineage=lineage, stored=True,
         )  # fmt: skip
         training.gathered = -1
         record = replace(self._empty_record(decision), norms=first.norms, lineage=lineage)
         training.state.publish(0, record, owned, owned, self.generation.view.generation)
         return decision, 0
-
-    @property
-    def _size(self) -> int:
-        shape = self.memory.shape
-        return shape.numel * shape.element_bytes
 
     def _announce(self, averaging: Averaging, step: int) -> None:
         """A lossy recovery never goes unsaid, also if a further loss cut it short."""

@@ -1,6 +1,5 @@
 """What SLURM's own commands are asked and told; a cluster that does not answer gives no answer."""
 
-import signal
 import subprocess
 import time
 from collections.abc import Collection
@@ -56,8 +55,6 @@ def requeue(job: str, bad: Collection[str], needed: int) -> str:
     In this order, because exclusion is refused while the job runs, and a job on hold would stay
     there if we died in between.
     """
-    # SLURM now ends all that the batch script has started, these commands included.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     partition, _, text = command("squeue", "-h", "-j", job, "-o", "%P|%x")[0].partition("|")
     before = hostnames(text) if text not in ("", "(null)") else ()  # --exclude, and earlier starts'
     listed = command("sinfo", "-h", "-N", "-p", partition, "-o", "%N")[0].split()

@@ -85,6 +85,7 @@ class SlurmJob:
         """Say and do what is to become of the job; its exit code, None if it starts again."""
         if not self._claim(directory):
             return None  # somebody else did
+        # A requeue makes SLURM end all that the batch script has started, its commands included.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if preempted(self.number):
             (directory / f".preempted-{self.restart}-").touch()

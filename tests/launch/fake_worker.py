@@ -3,7 +3,8 @@
 Usage: fake_worker.py STEPS START [FLAW]. Step s is committed 50 ms x s after START (seconds since
 1970), so that all workers of a job report the same steps; who is in no view waits. FLAW: `raise` in
 rank 1 at step 5, `exit` in rank 1 before attach, `spare` raises in whoever has to wait, `mute`
-never reads its link after ready, `garbage` sends nonsense first.
+never reads its link after ready, `garbage` sends nonsense first, `stuck` has trained and never
+brings anything to storage.
 """
 
 import base64
@@ -112,6 +113,8 @@ class FakeWorker:
             if flaw == "spare":
                 raise RuntimeError("boom in the spare")
         step = 0
+        if flaw == "stuck":
+            self.say("event", event="resumed", generation=self.generation, step=1)
         while step < steps:
             now = int((time.time() - start) / STEP_S)
             for committed in range(max(step, now - 20), min(now, steps)):

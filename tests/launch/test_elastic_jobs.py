@@ -180,6 +180,30 @@ def test_a_newcomer_joins_when_its_workers_are_ready(start: Start) -> None:
     assert workers(jobs[0])[-1]["time"] < joined["time"]
 
 
+def test_a_newcomer_that_cannot_start_is_not_the_jobs_failure(start: Start) -> None:
+    ports, steps = free_ports(1), fake(LONG)
+    jobs = [start(*node_arguments(ports, n, steps), OUTLAST_JOB_KEY=KEY) for n in "ab"]
+    jobs[0].connected(2)
+    broken = start(*node_arguments(ports, "c", [FAKE, "not a number", "0"]), OUTLAST_JOB_KEY=KEY)
+    assert broken.end() == 2, broken.output
+    assert "cannot join the job: rank 2 (c, local rank 0" in broken.output
+    time.sleep(1)
+    assert [job.process.poll() for job in jobs] == [None, None]
+    assert max(view["generation"] for view in jobs[0].events("view")) == 1
+
+
+def test_a_signal_to_one_agent_ends_all_in_the_grace(start: Start) -> None:
+    """Also those that got none, where storage takes for ever."""
+    ports, steps = free_ports(1), ["--shutdown-timeout", "1", *fake(LONG, "stuck")]
+    jobs = [start(*node_arguments(ports, n, steps), OUTLAST_JOB_KEY=KEY) for n in "ab"]
+    jobs[0].connected(2)
+    jobs[0].wait_for_events("resumed", 2)
+    jobs[1].process.send_signal(signal.SIGUSR1)
+    assert [job.end() for job in jobs] == [128 + signal.SIGUSR1] * 2
+    late = "stopped by SIGUSR1: the state was not on storage within 1 s"
+    assert [event["cause"] for event in jobs[0].events("stopped")] == [late, late]
+
+
 def test_another_job_at_the_same_place_is_refused(start: Start) -> None:
     ports, steps = free_ports(1), fake(LONG)
     jobs = [start(*node_arguments(ports, n, steps), OUTLAST_JOB_KEY=KEY) for n in "abc"]
