@@ -1,0 +1,102 @@
+"""The files of a checkpoint in a directory, read by offset: nothing is mapped or read ahead.
+
+Names come from the checkpoint's own metadata and are not trusted: they stay inside the directory.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outlast.cluster.errors import Corrupt
+
+_OPEN = 128  # files at most
+
+
+def corrupt(file: Path | str, offset: int, why: str) -> Corrupt:
+    """The error of every reader: which file, where in it, and what is wrong."""
+    return Corrupt(f"{file} at byte {offset}: {why}")
+
+
+class Folder:
+    """Read access to the files below `path`.
+
+    Args:
+        follow: let symbolic links lead out of the directory, as the cache of Hugging Face does.
+    """
+
+    def __init__(self, path: Path, follow: bool = False) -> None:
+        self.path, self._follow = path, follow
+        self._files: OrderedDict[str, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """Files that match `pattern`, as in glob, sorted."""
+        found = (path for path in self.path.glob(pattern) if path.is_file())
+        return sorted(str(path.relative_to(self.path)) for path in found)
+
+    def place(self, name: str) -> Path:
+        """Path of a file, for messages and for libraries that open it by themselves.
+
+        Raises:
+            Corrupt: it lies outside.
+        """
+        path = self.path / name
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not self._follow:
+            inside = inside and path.resolve().is_relative_to(self.path.resolve())
+        if not inside:
+            raise corrupt(path, 0, "leads out of the checkpoint's directory")
+        return path
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; Corrupt where there is none."""
+        try:
+            return self.place(name).stat().st_size
+        except OSError as cause:
+            raise corrupt(self.path / name, 0, str(cause)) from cause
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """`size` bytes at `offset`; Corrupt where they are not there."""
+        if size < 0 or not 0 <= offset <= offset + size <= self.size(name):
+            raise corrupt(self.path / name, offset, f"{size} bytes are not in the file")
+        out = np.empty(size, dtype=np.uint8)
+        self.read_into(name, offset, out)
+        return out.tobytes()
+
+    def read_into(self, name: str, offset: int, out: NDArray[np.uint8]) -> None:
+        """Fill `out`, uint8 and contiguous, from `offset` on; Corrupt where that is not there."""
+        try:
+            descriptor = self._descriptor(name)
+        except OSError as cause:
+            raise corrupt(self.path / name, offset, str(cause)) from cause
+        view, done = memoryview(out), 0
+        try:
+            while done < len(view):
+                count = os.preadv(descriptor, [view[done:]], offset + done)
+                if not count:
+                    raise corrupt(self.path / name, offset + done, "the file ends")
+                done += count
+        except (OSError, OverflowError) as cause:
+            raise corrupt(self.path / name, offset + done, str(cause)) from cause
+        finally:
+            os.close(descriptor)
+
+    def _descriptor(self, name: str) -> int:
+        """A duplicate, so that no other thread closes it meanwhile."""
+        with self._lock:
+            if name not in self._files:
+                self._files[name] = os.open(self.place(name), os.O_RDONLY | os.O_CLOEXEC)
+                while len(self._files) > _OPEN:
+                    os.close(self._files.popitem(last=False)[1])
+            self._files.move_to_end(name)
+            return os.dup(self._files[name])
+
+    def close(self) -> None:
+        """Close the files."""
+        with self._lock:
+            while self._files:
+                os.close(self._files.popitem()[1])
