@@ -30,6 +30,8 @@ class Grid:
     def shards(self) -> list[tuple[int, int]]:
         """The elements [start, stop) of every shard, row-major, in order; they tile the array."""
         total, size = prod(self.shape), 1
+        if not total:
+            return []
         for axis in range(len(self.shape) - 1, -1, -1):
             if self.shard[axis] < self.shape[axis]:
                 # One axis is cut; before it, a shard has one index. So the cuts start over there.
@@ -40,7 +42,7 @@ class Grid:
                     for at in range(0, row, inner)
                 ]
             size *= self.shape[axis]
-        return [(0, total)] if total else []
+        return [(0, total)]
 
 
 def grid(shape: tuple[int, ...]) -> Grid:
