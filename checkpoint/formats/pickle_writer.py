@@ -1,0 +1,150 @@
+"""The counterpart of `pickles.load`: its values as a pickle that torch, too, reads.
+
+Written are protocol 2 and only opcodes that torch.load(weights_only=True) knows. Classes appear
+under their names, tensors as references to storages that `torch_zip.write` puts beside the pickle.
+"""
+
+import struct
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from outlast.checkpoint.dtypes import dtype_of
+from outlast.checkpoint.formats.pickles import STORAGES, Opaque, Size, Symbol, TensorRef
+from outlast.cluster.errors import Misuse
+
+_CLASS_OF = {dtype: name for name, dtype in STORAGES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Dumped:
+    """A pickle, and the storages that it refers to: key -> dtype and elements of each."""
+
+    data: bytes
+    storages: dict[str, tuple[str, int]]
+
+
+def dump(value: Any) -> Dumped:
+    """Pickle what `pickles.load` can return; numbers, texts, containers, `Opaque`, `TensorRef`.
+
+    Raises:
+        Misuse: it has an object of another class; or two tensors differ about their storage.
+    """
+    writer = _Writer()
+    writer.put(value)
+    return Dumped(b"\x80\x02%b." % b"".join(writer.out), writer.storages)
+
+
+class _Writer:
+    def __init__(self) -> None:
+        self.out: list[bytes] = []
+        self.memo: dict[str | Symbol, int] = {}
+        self.storages: dict[str, tuple[str, int]] = {}
+
+    def put(self, value: Any) -> None:
+        """Append a value of any kind."""
+        for kind, put in _PUTS:
+            if isinstance(value, kind):
+                put(self, value)
+                return
+        raise Misuse(f"a {type(value).__name__} cannot be written: use plain values")
+
+    def once(self, value: str | Symbol, code: bytes) -> None:
+        """Append `code` the first time, later a reference to what it made."""
+        if value in self.memo:
+            self.out.append(b"j" + struct.pack("<I", self.memo[value]))
+            return
+        self.memo[value] = len(self.memo)
+        self.out.append(code + b"r" + struct.pack("<I", self.memo[value]))
+
+    def call(self, name: str, *args: Any, code: bytes = b"R") -> None:
+        """Append a call of a class or function."""
+        self.put(Symbol(name))
+        self.put(args)
+        self.out.append(code)
+
+
+def _integer(writer: _Writer, value: int) -> None:
+    if 0 <= value < 256:
+        writer.out.append(b"K%c" % value)
+    elif -(2**31) <= value < 2**31:
+        writer.out.append(struct.pack("<ci", b"J", value))
+    else:
+        size = value.bit_length() // 8 + 1
+        writer.out.append(b"\x8a%c" % size + value.to_bytes(size, "little", signed=True))
+
+
+def _text(writer: _Writer, value: str) -> None:
+    data = value.encode("utf-8", "surrogatepass")
+    writer.once(value, struct.pack("<cI", b"X", len(data)) + data)
+
+
+def _symbol(writer: _Writer, value: Symbol) -> None:
+    module, _, name = value.name.replace("builtins.", "__builtin__.").rpartition(".")
+    writer.once(value, f"c{module}\n{name}\n".encode())
+
+
+def _items(writer: _Writer, values: Any, code: bytes) -> None:
+    writer.out.append(b"(")
+    for value in values:
+        writer.put(value)
+    writer.out.append(code)
+
+
+def _sequence(writer: _Writer, value: list[Any]) -> None:
+    writer.out.append(b"]")
+    _items(writer, value, b"e")
+
+
+def _mapping(writer: _Writer, value: dict[Any, Any]) -> None:
+    if isinstance(value, OrderedDict):
+        writer.call("collections.OrderedDict")
+    else:
+        writer.out.append(b"}")
+    _items(writer, (part for pair in value.items() for part in pair), b"u")
+
+
+def _opaque(writer: _Writer, value: Opaque) -> None:
+    # A class with arguments is called, as enums need it; one without them is only allocated.
+    writer.call(value.name, *value.args, code=b"R" if value.args else b"\x81")
+    if value.state is not None:
+        writer.put(value.state)
+        writer.out.append(b"b")
+
+
+def _tensor(writer: _Writer, ref: TensorRef) -> None:
+    typed = ref.dtype in _CLASS_OF
+    name = _CLASS_OF.get(ref.dtype, "storage.UntypedStorage")
+    extent = ref.extent if typed else ref.extent * dtype_of(ref.dtype).itemsize
+    known = writer.storages.setdefault(ref.key, (ref.dtype, ref.extent))
+    if known != (ref.dtype, ref.extent):
+        raise Misuse(f"storage {ref.key} is {known} and {(ref.dtype, ref.extent)}: name it twice")
+    writer.put(Symbol(f"torch._utils._rebuild_tensor_v{2 if typed else 3}"))
+    writer.out.append(b"(")
+    writer.put(("storage", Symbol(f"torch.{name}"), ref.key, "cpu", extent))
+    writer.out.append(b"Q")
+    for part in (ref.start, tuple(ref.shape), ref.strides, False, OrderedDict()):
+        writer.put(part)
+    if not typed:
+        writer.put(Symbol(f"torch.{ref.dtype}"))
+    writer.out.append(b"tR")
+
+
+_PUTS: list[tuple[type | tuple[type, ...], Callable[[_Writer, Any], Any]]] = [
+    (type(None), lambda w, v: w.out.append(b"N")),
+    (bool, lambda w, v: w.out.append(b"\x88" if v else b"\x89")),
+    (int, _integer),
+    (float, lambda w, v: w.out.append(struct.pack(">cd", b"G", v))),
+    (str, _text),
+    (bytes, lambda w, v: w.call("_codecs.encode", v.decode("latin-1"), "latin1")),
+    (Symbol, _symbol),
+    (TensorRef, _tensor),
+    (Opaque, _opaque),
+    (Size, lambda w, v: w.call("torch.Size", tuple(v))),
+    (tuple, lambda w, v: _items(w, v, b"t")),
+    (list, _sequence),
+    (dict, _mapping),
+    (set, lambda w, v: w.call("builtins.set", sorted(v, key=repr))),
+    (frozenset, lambda w, v: w.call("builtins.frozenset", sorted(v, key=repr))),
+]
