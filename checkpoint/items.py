@@ -16,11 +16,13 @@ class Item:
         size: bytes that `make` will report to its tick, for the progress bar.
         make: writes it; may run beside the others, and again after it was cut short. Its memory is
             bounded whatever the size.
+        final: it needs all the others done, in this run or an earlier one.
     """
 
     name: str
     size: int
     make: Callable[[Tick], None]
+    final: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,142 @@
+"""The steps of a run on storage, newest first; a step is listed only when it is whole.
+
+    URL/step-000000000120/                   complete
+        step-000000000130.4.part/            a draft, written by the ranks of generation 4
+
+A directory gets its final name when everything in it is durable. An object store cannot rename:
+there a draft is written where it stays, step-000000000130.000004, and is listed when its manifest
+is there. The generation in the name keeps a writer that is late apart from the next try.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from outlast.checkpoint.contents import Contents
+from outlast.checkpoint.grid import grid
+from outlast.checkpoint.manifest import Manifest
+from outlast.checkpoint.native import MANIFEST, NAME, NativeSource, complete, write_metadata
+from outlast.checkpoint.store import Directory, Store, read_whole, store_at
+from outlast.cluster.errors import Corrupt, Misuse
+
+_OURS = re.compile(r"step-\d{12}(\.\d+(\.old)?\.part|\.\d{6,})?")  # nothing else is removed
+_NOTES = "__notes"  # zarr forbids such a name, so no array has it
+
+Digests = Mapping[str, Mapping[int, str]]  # key of an array -> shard -> digest
+
+
+class Steps:
+    """The steps below `url`: a path, or a URL that fsspec knows.
+
+    Args:
+        keep: complete steps that stay when one more is published.
+    """
+
+    def __init__(self, url: str, keep: int = 2) -> None:
+        self.url, self.keep = url, keep
+        self.store = store_at(url)
+
+    def names(self) -> list[str]:
+        """Of the complete steps, newest first; Misuse where they cannot be listed."""
+        return complete(self.store)
+
+    def open(self, name: str) -> NativeSource:
+        """A complete step, for reading.
+
+        Raises:
+            Corrupt: it is not what was written.
+        """
+        source = NativeSource(self.store.within(name))
+        if (found := NAME.fullmatch(name)) is None or int(found[1]) != source.contents.step:
+            place = source.store.place(MANIFEST)
+            raise Corrupt(f"{place} at byte 0: of step {source.contents.step}")
+        return source
+
+    def draft(self, step: int, generation: int) -> "Draft":
+        """A step to be written by the ranks of a generation, each of which calls this."""
+        return Draft(self, step, generation)
+
+    def discard(self) -> None:
+        """Remove what was not completed; no draft is being written."""
+        self.clear({*self.names()})
+
+    def clear(self, kept: set[str]) -> None:
+        """Remove all steps and drafts but those; a manifest goes first, so none is half listed."""
+        for name in self.store.children():
+            if _OURS.fullmatch(name) and name not in kept:
+                self.store.remove(f"{name}/{MANIFEST}")
+                self.store.remove(name)
+
+
+class Draft:
+    """A step that is being written: shards by `native.write_shard` to `store`, a note by every
+    rank, and `publish` by one when all have left theirs."""
+
+    def __init__(self, steps: Steps, step: int, generation: int) -> None:
+        self._steps, self.step = steps, step
+        self.name = f"step-{step:012}"
+        self._part = f"{self.name}.{generation}.part"
+        if not isinstance(steps.store, Directory):
+            self.name = self._part = f"{self.name}.{generation:06}"
+            # Of an earlier job, which this one has not taken.
+            steps.store.remove(f"{self.name}/{MANIFEST}")
+        self.store: Store = steps.store.within(self._part)
+
+    def note(self, rank: int, shards: Digests) -> None:
+        """Leave the digests of all shards that a rank wrote; Misuse where that fails."""
+        self.store.write(f"{_NOTES}/{rank:05}.json", json.dumps(shards).encode())
+
+    def publish(self, contents: Contents) -> str:
+        """Complete it, remove what is too old; its name.
+
+        Raises:
+            Misuse: a shard was not noted, or twice, or the store fails: it is not listed then.
+        """
+        assert contents.step == self.step, f"{contents.step}, not {self.step}"
+        shards = self._noted(contents)
+        write_metadata(self.store, contents)
+        self.store.remove(_NOTES)
+        self.store.write(MANIFEST, Manifest(contents, shards).to_bytes())
+        if isinstance(self._steps.store, Directory):
+            self._rename(self._steps.store.path)
+        self._steps.clear({self.name, *self._steps.names()[: self._steps.keep]})
+        return self.name
+
+    def _noted(self, contents: Contents) -> dict[str, tuple[str, ...]]:
+        noted: dict[tuple[str, int], str] = {}
+        for name in self.store.children(_NOTES):
+            note = read_whole(self.store, f"{_NOTES}/{name}")
+            for key, shards in json.loads(note).items():
+                for index, digest in shards.items():
+                    if (key, int(index)) in noted:
+                        raise Misuse(f"{self.name}: two ranks wrote shard {index} of {key}")
+                    noted[key, int(index)] = digest
+        counts = {array.key: len(grid(array.shape).shards()) for array in contents.arrays}
+        wanted = [(key, index) for key, count in counts.items() for index in range(count)]
+        if missing := [at for at in wanted if at not in noted]:
+            raise Misuse(f"{self.name}: nobody wrote shard {missing[0][1]} of {missing[0][0]}")
+        if len(noted) > len(wanted):
+            raise Misuse(f"{self.name}: shards of other arrays were written")
+        return {key: tuple(noted[key, index] for index in range(n)) for key, n in counts.items()}
+
+    def _rename(self, root: Path) -> None:
+        part, path = root / self._part, root / self.name
+        try:
+            for folder, _, _ in os.walk(part):
+                _sync(folder)
+            if path.exists():  # the same step, which may have been damaged since
+                path.rename(part.with_suffix(".old.part"))
+            part.rename(path)
+            _sync(root)
+        except OSError as error:
+            raise Misuse(f"{path} cannot be published: {error}") from error
+
+
+def _sync(directory: Path | str) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,202 @@
+"""Where a checkpoint lies: a directory, or a prefix of an object store that fsspec reaches.
+
+Both are the same to whoever writes or reads: whole files by relative names. What is written is
+synchronised at once in a directory, because another node may be the one that publishes it.
+"""
+
+import os
+import shutil
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outlast.checkpoint.formats.folder import Folder, corrupt
+from outlast.cluster.errors import Misuse, OutlastError
+
+Data = bytes | NDArray[np.uint8]
+
+
+class Store(Protocol):
+    """Files by names whose parts are separated by "/"; safe to use from several threads."""
+
+    def place(self, name: str) -> Path | str:
+        """What a person finds the file by."""
+        ...
+
+    def children(self, name: str = "") -> list[str]:
+        """Names of what lies directly below, files and directories, sorted; none if nothing."""
+        ...
+
+    def holds(self, name: str) -> bool:
+        """Whether there is such a file."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; Corrupt where there is none."""
+        ...
+
+    def read_into(self, name: str, offset: int, out: NDArray[np.uint8]) -> None:
+        """Fill `out`, uint8 and contiguous, from `offset` on; Corrupt where that is not there."""
+        ...
+
+    def write(self, name: str, data: Data) -> None:
+        """A whole file, durable; Misuse where that cannot be done."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """A file or all that is below a name; Misuse where that cannot be done."""
+        ...
+
+    def within(self, name: str) -> "Store":
+        """The store of what is below a name."""
+        ...
+
+    def close(self) -> None:
+        """Close its files."""
+        ...
+
+
+class Directory(Folder):
+    """See `Store`."""
+
+    def children(self, name: str = "") -> list[str]:
+        """See `Store`."""
+        try:
+            return sorted(os.listdir(self.path / name))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise Misuse(f"{self.path / name} cannot be listed: {error}") from error
+
+    def holds(self, name: str) -> bool:
+        """See `Store`."""
+        return (self.path / name).is_file()
+
+    def write(self, name: str, data: Data) -> None:
+        """See `Store`."""
+        path = self.path / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self.place(name).open("wb", buffering=0) as file:
+                view, done = memoryview(data), 0
+                while done < len(view):
+                    done += file.write(view[done:])
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise Misuse(f"{path} cannot be written: {error}") from error
+
+    def remove(self, name: str) -> None:
+        """See `Store`; never through a symbolic link."""
+        path = self.path / name
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise Misuse(f"{path} cannot be removed: {error}") from error
+
+    def within(self, name: str) -> "Directory":
+        """See `Store`."""
+        return Directory(self.path / name, self._follow)
+
+
+class Bucket:
+    """See `Store`; `url` is one of fsspec's: s3://bucket/prefix, gs://..."""
+
+    def __init__(self, url: str) -> None:
+        from fsspec.core import url_to_fs
+
+        self.url = url.rstrip("/")
+        with _Told(self.url, "opened"):
+            self._system, self._root = url_to_fs(self.url)
+
+    def place(self, name: str) -> str:
+        """See `Store`."""
+        return f"{self.url}/{name}"
+
+    def children(self, name: str = "") -> list[str]:
+        """See `Store`."""
+        with _Told(self.place(name), "listed"):
+            self._system.invalidate_cache()
+            try:
+                found = self._system.ls(f"{self._root}/{name}".rstrip("/"), detail=False)
+            except FileNotFoundError:
+                return []
+        return sorted(PurePosixPath(path).name for path in found)
+
+    def holds(self, name: str) -> bool:
+        """See `Store`."""
+        with _Told(self.place(name), "looked up"):
+            return bool(self._system.isfile(f"{self._root}/{name}"))
+
+    def size(self, name: str) -> int:
+        """See `Store`."""
+        with _Told(self.place(name), "read", wrong=True):
+            return int(self._system.size(f"{self._root}/{name}"))
+
+    def read_into(self, name: str, offset: int, out: NDArray[np.uint8]) -> None:
+        """See `Store`."""
+        if not len(out):
+            return
+        with _Told(self.place(name), "read", offset, wrong=True):
+            path, stop = f"{self._root}/{name}", offset + len(out)
+            data = self._system.cat_file(path, start=offset, end=stop)
+        if len(data) != len(out):
+            raise corrupt(self.place(name), offset + len(data), "the file ends")
+        out[:] = np.frombuffer(data, dtype=np.uint8)
+
+    def write(self, name: str, data: Data) -> None:
+        """See `Store`."""
+        with _Told(self.place(name), "written"):
+            self._system.pipe_file(f"{self._root}/{name}", bytes(data))
+
+    def remove(self, name: str) -> None:
+        """See `Store`."""
+        with _Told(self.place(name), "removed"):
+            self._system.invalidate_cache()
+            if self._system.exists(f"{self._root}/{name}"):
+                self._system.rm(f"{self._root}/{name}", recursive=True)
+
+    def within(self, name: str) -> "Bucket":
+        """See `Store`."""
+        return Bucket(self.place(name))
+
+    def close(self) -> None:
+        """Its connections are fsspec's own."""
+
+
+def store_at(url: str) -> Directory | Bucket:
+    """A path is what has no scheme."""
+    path = url.removeprefix("file://")
+    return Bucket(url) if "://" in path else Directory(Path(path))
+
+
+def read_whole(store: Store, name: str, size_max: int = 1 << 28) -> bytes:
+    """A small file; Corrupt where it is larger, before there is memory for it."""
+    if (size := store.size(name)) > size_max:
+        raise corrupt(store.place(name), size_max, f"{size} bytes are too many")
+    out = np.empty(size, dtype=np.uint8)
+    store.read_into(name, 0, out)
+    return out.tobytes()
+
+
+class _Told:
+    """What a storage library raises, which has types of its own, becomes an error of this project:
+    Misuse, or Corrupt where the bytes are `wrong`."""
+
+    def __init__(self, place: str, verb: str, offset: int = 0, wrong: bool = False) -> None:
+        self._place, self._verb, self._offset, self._wrong = place, verb, offset, wrong
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, Exception) and not isinstance(error, OutlastError):
+            why = f"cannot be {self._verb}: {type(error).__name__}: {error}"
+            if self._wrong:
+                raise corrupt(self._place, self._offset, why) from error
+            raise Misuse(f"{self._place} {why}") from error
