@@ -39,7 +39,7 @@ STORAGES = {
 _CLASSES = re.compile(
     r"""(torch|deepspeed|megatron|transformer_engine)(\.\w+)*\._?[A-Z]\w*
     | deepspeed\.utils\.tensor_fragment\.fragment_address
-    | torch\.(device|strided|sparse_coo|contiguous_format|channels_last|preserve_format)
+    | torch\.(device|serialization\._get_layout)
     | torch\.(bfloat|float|complex|u?int|q?u?int)\d\w* | torch\.bool
     | numpy\.(ndarray|dtype|(_core|core)\.(multiarray\._reconstruct|numeric\._frombuffer))
     | pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path | argparse\.Namespace | _io\.BytesIO

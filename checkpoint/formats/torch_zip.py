@@ -5,28 +5,28 @@ into the file. A `ZipFolder` compares every record with its checksum before the 
 used. Written are files whose data start at multiples of 64 bytes, as torch's own do, in one pass.
 """
 
+import os
 import struct
 import threading
-import zipfile
 import zlib
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from outlast.checkpoint.dtypes import Values, dtype_of
 from outlast.checkpoint.formats.folder import Folder, corrupt
-from outlast.checkpoint.formats.pickle_writer import dump
+from outlast.checkpoint.formats.pickle_writer import Dumped, dump
 from outlast.checkpoint.formats.pickles import BYTES, TensorRef, load
 from outlast.checkpoint.source import Tick
 from outlast.cluster.errors import Misuse
 from outlast.layout.run import Run
 
-_ALIGNMENT = 64
+_ALIGNMENT, _ROOT, _WIDE = 64, "archive", 0xFFFFFFFF
 _BLOCK = 1 << 22  # elements of a storage that are asked for at once
 _LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")  # how files before torch 1.6 begin
 _END, _END64 = struct.Struct("<4s4H2IH"), struct.Struct("<4sQ2H2I4Q")
@@ -146,12 +146,12 @@ def _entry(directory: bytes, at: int) -> tuple[Record, int]:
     packed, size, length, extras, comment, _, _, _, header = sizes
     at += _ENTRY.size
     label, extra = directory[at : at + length], directory[at + length : at + length + extras]
-    while len(extra) >= 4 and (packed, size, header).count(0xFFFFFFFF):
+    while len(extra) >= 4 and (packed, size, header).count(_WIDE):
         kind, inside = struct.unpack_from("<2H", extra)
         if kind == 1:  # what does not fit into 32 bits, in this order
             numbers = iter(struct.unpack(f"<{inside // 8}Q", extra[4 : 4 + inside // 8 * 8]))
             size, packed, header = (
-                next(numbers, n) if n == 0xFFFFFFFF else n for n in (size, packed, header)
+                next(numbers, n) if n == _WIDE else n for n in (size, packed, header)
             )
             break
         extra = extra[4 + inside :]
@@ -219,38 +219,83 @@ def values(folder: Folder, ref: TensorRef) -> Values:
 def write(
     path: Path, value: Any, storages: Mapping[str, Fill], tick: Tick = lambda size: None
 ) -> None:
-    """Write what torch.load reads: `value`, with the storages that its tensors name by key.
+    """Write the file that torch.load reads: `value`, with the storages of its tensors by key.
 
     Args:
         storages: each is asked for its elements once, in order, 16 MiB or so at a time.
         tick: told the bytes of storages that are written.
     """
-    dumped = dump(value)
+    with path.open("wb") as file:
+        append(file, value, storages, tick)
+
+
+def append(
+    file: BinaryIO, value: Any, storages: Mapping[str, Fill], tick: Tick = lambda size: None
+) -> None:
+    """The same at the end of a file that has others before it, as in a shard of torch's DCP."""
+    dumped, base = dump(value), file.tell()
+    blocks = {f"data/{key}": _blocks(dumped, key, fill, tick) for key, fill in storages.items()}
+    directory, records = b"", _labelled(dumped)
+    for label, (size, data) in records.items():
+        name, at, crc = f"{_ROOT}/{label}".encode(), file.tell() - base, 0
+        padding = _padding(at, name)
+        # As torch does it: sizes of 64 bits always, and padding as a field of its own.
+        extra = struct.pack("<2H2Q2sH", 1, 16, size, size, b"FB", padding) + b"Z" * padding
+        fixed = (0, 0, 0, 0, 0, _WIDE, _WIDE, len(name))
+        file.write(_LOCAL.pack(b"PK\3\4", 45, *fixed, len(extra)) + name + extra)
+        for part in (data,) if data is not None else blocks[label]:
+            crc = zlib.crc32(part, crc)
+            file.write(part)
+        file.seek(base + at + 14)
+        file.write(struct.pack("<I", crc))
+        file.seek(0, os.SEEK_END)
+        fixed = (45, 45, 0, 0, 0, 0, crc, _WIDE, _WIDE, len(name), 28, 0, 0, 0, 0, _WIDE)
+        directory += _ENTRY.pack(b"PK\1\2", *fixed) + name
+        directory += struct.pack("<2H3Q", 1, 24, size, size, at)
+    start, count = file.tell() - base, len(records)
+    end = start + len(directory)
+    file.write(directory)
+    file.write(_END64.pack(b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(directory), start))
+    file.write(struct.pack("<4sIQI", b"PK\6\7", 0, end, 1))
+    few = min(count, 0xFFFF)
+    file.write(_END.pack(b"PK\5\6", 0, 0, few, few, min(len(directory), _WIDE), _WIDE, 0))
+
+
+def length(value: Any) -> int:
+    """Bytes that `write` or `append` would write."""
+    at, directory = 0, 0
+    for label, (size, _) in _labelled(dump(value)).items():
+        name = f"{_ROOT}/{label}".encode()
+        at += _LOCAL.size + len(name) + 24 + _padding(at, name) + size
+        directory += _ENTRY.size + len(name) + 28
+    return at + directory + _END64.size + 20 + _END.size
+
+
+def _labelled(dumped: Dumped) -> dict[str, tuple[int, bytes | None]]:
+    """Size and content of every record, in order; None for that of a storage."""
     small = {
         "data.pkl": dumped.data, ".format_version": b"1", ".storage_alignment": b"64",
         "byteorder": b"little", "version": b"3\n",
     }  # fmt: skip
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for label, data in small.items():
-            with _opened(archive, label, len(data)) as file:
-                file.write(data)
-        for key, (dtype, extent) in dumped.storages.items():
-            width = dtype_of(dtype).itemsize
-            with _opened(archive, f"data/{key}", extent * width) as file:
-                for start in range(0, extent, _BLOCK):
-                    stop = min(start + _BLOCK, extent)
-                    values = storages[key](start, stop)
-                    if values.dtype != dtype_of(dtype) or values.shape != (stop - start,):
-                        raise Misuse(f"storage {key}: {values.dtype} {values.shape}, not {dtype}")
-                    file.write(np.ascontiguousarray(values).view(np.uint8))
-                    tick(values.nbytes)
+    large = {
+        f"data/{key}": (extent * dtype_of(dtype).itemsize, None)
+        for key, (dtype, extent) in dumped.storages.items()
+    }
+    return {label: (len(data), data) for label, data in small.items()} | large
 
 
-def _opened(archive: zipfile.ZipFile, label: str, size: int) -> Any:
-    """A new record of `size` bytes whose data start at a multiple of the alignment."""
-    info, large = zipfile.ZipInfo(f"archive/{label}"), size >= 1 << 30
-    head = archive.start_dir + _LOCAL.size + len(info.filename) + (20 if large else 0) + 4
-    padding = -head % _ALIGNMENT
-    info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-    info.file_size = size
-    return archive.open(info, "w", force_zip64=large)
+def _padding(at: int, name: bytes) -> int:
+    """Bytes that bring the data of a record that starts at `at` to a multiple of the alignment."""
+    return -(at + _LOCAL.size + len(name) + 24) % _ALIGNMENT
+
+
+def _blocks(dumped: Dumped, key: str, fill: Fill, tick: Tick) -> Iterator[memoryview]:
+    """The bytes of a storage, block by block."""
+    dtype, extent = dumped.storages[key]
+    for start in range(0, extent, _BLOCK):
+        stop = min(start + _BLOCK, extent)
+        values = fill(start, stop)
+        if values.dtype != dtype_of(dtype) or values.shape != (stop - start,):
+            raise Misuse(f"storage {key}: {values.dtype} {values.shape}, not {dtype}")
+        yield memoryview(np.ascontiguousarray(values).view(np.uint8))
+        tick(values.nbytes)
