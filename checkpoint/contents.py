@@ -124,5 +124,8 @@ class Contents:
             Group(tuple(map(str, g["names"])), dict(g["hyper"]), dict(g["scalars"]))
             for g in plain["groups"]
         )
-        typed = {"arrays": arrays, "groups": groups, "left_out": tuple(plain["left_out"])}
+        typed: dict[str, Any] = {"arrays": arrays, "groups": groups}
+        typed |= {"step": int(plain["step"]), "dtype": str(plain["dtype"])}
+        typed["left_out"] = tuple(map(str, plain["left_out"]))
+        typed |= {name: dict(plain[name]) for name in ("aliases", "facts", "run")}
         return cls(**(plain | typed))

@@ -13,7 +13,7 @@ Grid(shape=(1008, 336), chunk=(504, 336), shard=(1008, 336))
 """
 
 from dataclasses import dataclass
-from math import ceil, prod
+from math import prod
 
 CHUNK = 1 << 18  # elements: what a reader has to read and check at least
 SHARD = 1 << 22  # elements: a file of 16 MiB in float32
@@ -49,7 +49,7 @@ def grid(shape: tuple[int, ...]) -> Grid:
     """The cut of an array of `shape`."""
     chunk = _box(shape, CHUNK)
     # Whole chunks: an axis that a shard holds altogether may end inside of one.
-    shard = [ceil(n / c) * c for n, c in zip(_box(shape, SHARD), chunk, strict=True)]
+    shard = [-(-n // c) * c for n, c in zip(_box(shape, SHARD), chunk, strict=True)]
     return Grid(shape, chunk, tuple(shard))
 
 
@@ -59,8 +59,8 @@ def _box(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
     for axis in range(len(shape) - 1, -1, -1):
         rows = max(shape[axis], 1)
         if inner * rows > limit:
-            parts = ceil(rows * inner / limit)
-            rows = ceil(rows / parts) if parts < rows else 1
+            parts = -(-rows // (limit // inner))
+            rows = -(-rows // parts)
             return (*(1 for _ in shape[:axis]), rows, *(max(n, 1) for n in shape[axis + 1 :]))
         inner *= rows
     return tuple(max(n, 1) for n in shape)

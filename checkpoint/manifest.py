@@ -54,19 +54,19 @@ class Manifest:
             manifest = cls(contents, shards)
             if manifest.to_bytes() != data:
                 raise Corrupt(f"{where} at byte 0: values of other types than were written")
+            for array in contents.arrays:
+                count = _shard_count(array.shape)
+                if len(shards[array.key]) != count:
+                    why = f"{len(shards[array.key])} digests for {count} shards of {array.key}"
+                    raise Corrupt(f"{where} at byte 0: {why}")
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
                 ValueError) as cause:  # fmt: skip
             raise Corrupt(f"{where} at byte 0: no manifest: {cause!r}"[:1000]) from cause
-        for array in contents.arrays:
-            count = _shard_count(array.shape)
-            if len(shards[array.key]) != count:
-                why = f"{len(shards[array.key])} digests for {count} shards of {array.key}"
-                raise Corrupt(f"{where} at byte 0: {why}")
         return manifest
 
 
 def _sealed(body: dict[str, Any]) -> bytes:
-    text = json.dumps(body, allow_nan=True)
+    text = json.dumps(body)
     return f'{{"checksum": "{xxhash.xxh3_64_hexdigest(text.encode())}", "body": {text}}}'.encode()
 
 

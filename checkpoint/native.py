@@ -12,7 +12,7 @@ byte. A shard has one writer, is written whole, once, and is read back.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -25,21 +25,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outlast.checkpoint.contents import Array, Contents
-from outlast.checkpoint.dtypes import DTYPES, Values, dtype_of
+from outlast.checkpoint.dtypes import Values, dtype_of
 from outlast.checkpoint.formats.folder import corrupt
 from outlast.checkpoint.grid import Grid, grid
 from outlast.checkpoint.items import Item, Wanted
 from outlast.checkpoint.manifest import BYTES_MAX, Manifest
 from outlast.checkpoint.source import Source, Tick, array_digest, shard_digest
 from outlast.checkpoint.store import Directory, Store, read_whole
-from outlast.cluster.errors import Misuse
+from outlast.cluster.errors import Corrupt, Misuse
 
 MANIFEST, GROUP = "manifest.json", "zarr.json"
 LATEST = None  # the newest name is the latest
 NAME = re.compile(r"step-(\d{12})(\.\d{6,})?")  # the generation, where a store cannot rename
-_CRC = 4  # bytes
+_CRC, _XXH = 4, 32  # bytes of the one, hexadecimal digits of the other
 _ABSENT = (1 << 64) - 1
-_PIECE = 1 << 22  # elements read at once at most
+
+Bytes = NDArray[np.uint8]
 
 
 def name_of(contents: Contents) -> str:
@@ -52,87 +53,89 @@ def name_of(contents: Contents) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Shard `index` of an array: elements [start, stop), the file's name, and what is where in it.
+    """Shard `index` of an array: its elements [start, stop), and what is where in its file.
 
     Its chunks have one size, also the one at the edge, and follow each other from byte 0 on. Those
     that would lie outside of the array altogether are the last ones and are absent.
     """
 
     array: Array
+    cut: Grid
     index: int
     start: int
     stop: int
-    name: str
-    chunks: tuple[tuple[int, int], ...]  # elements [start, stop) of the array
-    chunk_bytes: int
-    slots: int
 
-    @classmethod
-    def of(cls, array: Array, cut: Grid, index: int, span: tuple[int, int]) -> "Shard":
-        """The shard of `grid(array.shape)` which holds the elements `span`."""
-        axes = list(zip(cut.shape, cut.shard, strict=True))
-        at = np.unravel_index(index, [-(-n // s) for n, s in axes]) if axes else ()
-        extent = tuple(min(s, n - int(i) * s) for (n, s), i in zip(axes, at, strict=True))
-        inner = Grid(extent, cut.chunk, cut.chunk).shards()
-        return cls(
-            array, index, *span, f"{node(array)}/{'.'.join(['c', *map(str, at)])}",
-            tuple((span[0] + begin, span[0] + end) for begin, end in inner),
-            prod(cut.chunk) * dtype_of(array.dtype).itemsize,
-            prod(s // c for s, c in zip(cut.shard, cut.chunk, strict=True)),
-        )  # fmt: skip
+    @property
+    def at(self) -> tuple[int, ...]:
+        """Its place in zarr's grid of shards."""
+        counts = [-(-n // s) for n, s in zip(self.cut.shape, self.cut.shard, strict=True)]
+        return tuple(map(int, np.unravel_index(self.index, counts))) if counts else ()
 
-    def footer(self) -> bytes:
-        """The index of the chunks, which the shape fixes, and its checksum."""
-        index = np.full((self.slots, 2), _ABSENT, dtype="<u8")
-        size, count = self.chunk_bytes + _CRC, len(self.chunks)
-        index[:count] = [(at * size, size) for at in range(count)]
+    @property
+    def name(self) -> str:
+        """Its file, from the group on."""
+        return f"{node(self.array)}/{'.'.join(['c', *map(str, self.at)])}"
+
+    @property
+    def chunks(self) -> list[tuple[int, int]]:
+        """Elements [start, stop) of the array in each of its chunks."""
+        axes = zip(self.cut.shape, self.cut.shard, self.at, strict=True)
+        extent = tuple(min(size, whole - at * size) for whole, size, at in axes)
+        inner = Grid(extent, self.cut.chunk, self.cut.chunk).shards()
+        return [(self.start + begin, self.start + end) for begin, end in inner]
+
+    @property
+    def record(self) -> int:
+        """Bytes of one chunk and its CRC."""
+        return prod(self.cut.chunk) * dtype_of(self.array.dtype).itemsize + _CRC
+
+    def footer(self, count: int) -> bytes:
+        """The index of `count` chunks, which the shape fixes, and its checksum."""
+        slots = prod(s // c for s, c in zip(self.cut.shard, self.cut.chunk, strict=True))
+        index = np.full((slots, 2), _ABSENT, dtype="<u8")
+        index[:count] = [(at * self.record, self.record) for at in range(count)]
         return index.tobytes() + _crc(index.reshape(-1).view(np.uint8))
 
-    def encode(self, values: Values) -> tuple[NDArray[np.uint8], str]:
+    def encode(self, values: Values) -> tuple[Bytes, str]:
         """Its file and its digest: of all elements, then the CRC of every chunk."""
-        footer, size = self.footer(), self.chunk_bytes + _CRC
-        file = np.zeros(len(self.chunks) * size + len(footer), dtype=np.uint8)
-        raw, width, crcs = values.view(np.uint8), values.dtype.itemsize, []
-        for row, (begin, end) in zip(self._rows(file), self.chunks, strict=True):
-            row[: (end - begin) * width] = raw[
-                (begin - self.start) * width : (end - self.start) * width
-            ]
-            crcs.append(_crc(row[:-_CRC]))
-            row[-_CRC:] = np.frombuffer(crcs[-1], dtype=np.uint8)
+        chunks, width, crcs = self.chunks, values.dtype.itemsize, b""
+        footer, raw = self.footer(len(chunks)), values.view(np.uint8)
+        file = np.zeros(len(chunks) * self.record + len(footer), dtype=np.uint8)
+        for row, (begin, end) in zip(self.rows(file, len(chunks)), chunks, strict=True):
+            part = raw[(begin - self.start) * width : (end - self.start) * width]
+            row[: len(part)] = part
+            crcs += _crc(row[:-_CRC])
+            row[-_CRC:] = np.frombuffer(crcs[-_CRC:], dtype=np.uint8)
         file[-len(footer) :] = np.frombuffer(footer, dtype=np.uint8)
-        return file, shard_digest(values) + b"".join(crcs).hex()
+        return file, shard_digest(values) + crcs.hex()
 
-    def read(self, store: Store, digest: str, start: int, stop: int, out: Values) -> None:
-        """Fill `out` with the elements [start, stop), of which it has all, from their chunks."""
-        wanted = [at for at, (a, b) in enumerate(self.chunks) if a < stop and b > start]
-        size, first = self.chunk_bytes + _CRC, wanted[0]
-        whole = len(wanted) == len(self.chunks)
-        footer = self.footer() if whole else b""
-        file = np.empty(len(wanted) * size + len(footer), dtype=np.uint8)
-        store.read_into(self.name, first * size, file)
-        if whole:
-            if (found := store.size(self.name)) != len(file):
-                raise self._corrupt(store, min(found, len(file)), f"{found} bytes in the file")
-            if file[len(wanted) * size :].tobytes() != footer:
-                raise self._corrupt(store, len(wanted) * size, "the index is not what was written")
+    def read(self, store: Store, digest: str, start: int, out: Values) -> None:
+        """Fill `out` with elements from `start` on, from the chunks that have any of them."""
+        stop, chunks, record = start + len(out), self.chunks, self.record
+        wanted = [at for at, (begin, end) in enumerate(chunks) if begin < stop and end > start]
+        footer = self.footer(len(chunks)) if len(wanted) == len(chunks) else b""
+        file = np.empty(len(wanted) * record + len(footer), dtype=np.uint8)
+        store.read_into(self.name, wanted[0] * record, file)
+        if footer and (size := store.size(self.name)) != len(file):
+            raise self._corrupt(store, min(size, len(file)), f"{size} bytes are in the file")
+        if file[len(wanted) * record :].tobytes() != footer:
+            raise self._corrupt(store, len(wanted) * record, "the index is not what was written")
         raw, width = out.view(np.uint8), out.dtype.itemsize
-        for at, row in zip(wanted, self._rows(file), strict=False):
-            crc = digest[32 + 2 * _CRC * at :][: 2 * _CRC]
-            if _crc(row[:-_CRC]).hex() != crc or row[-_CRC:].tobytes().hex() != crc:
-                raise self._corrupt(store, at * size, f"chunk {at} is not what was written")
-            begin, end = self.chunks[at]
-            low, high = max(begin, start), min(end, stop)
-            raw[(low - start) * width : (high - start) * width] = row[
-                (low - begin) * width : (high - begin) * width
-            ]
-        if (start, stop) == (self.start, self.stop) and shard_digest(out) != digest[:32]:
-            raise self._corrupt(store, 0, "the digest is not the manifest's")
+        for at, row in zip(wanted, self.rows(file, len(wanted)), strict=True):
+            crc = digest[_XXH + 2 * _CRC * at :][: 2 * _CRC]
+            if not _crc(row[:-_CRC]).hex() == crc == row[-_CRC:].tobytes().hex():
+                raise self._corrupt(store, at * record, f"chunk {at} is not what was written")
+            begin, end = max(chunks[at][0], start), min(chunks[at][1], stop)
+            part = row[(begin - chunks[at][0]) * width :][: (end - begin) * width]
+            raw[(begin - start) * width : (end - start) * width] = part
+        if len(out) == self.stop - self.start and shard_digest(out) != digest[:_XXH]:
+            raise self._corrupt(store, 0, "it is not what the manifest says")
 
-    def _rows(self, file: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        size = self.chunk_bytes + _CRC
-        return file[: len(file) // size * size].reshape(-1, size)[: len(self.chunks)]
+    def rows(self, file: Bytes, count: int) -> Bytes:
+        """The first chunks of a file with their CRCs, one a row."""
+        return file[: count * self.record].reshape(count, self.record)
 
-    def _corrupt(self, store: Store, offset: int, why: str) -> Exception:
+    def _corrupt(self, store: Store, offset: int, why: str) -> Corrupt:
         return corrupt(store.place(self.name), offset, f"{self.array.key}: {why}")
 
 
@@ -140,11 +143,7 @@ def shards_of(array: Array) -> Iterator[Shard]:
     """All of an array, in order; they tile it."""
     cut = grid(array.shape)
     for index, span in enumerate(cut.shards()):
-        yield Shard.of(array, cut, index, span)
-
-
-def _crc(data: NDArray[np.uint8]) -> bytes:
-    return google_crc32c.value(data).to_bytes(_CRC, "little")
+        yield Shard(array, cut, index, *span)
 
 
 def write_shard(store: Store, array: Array, index: int, values: Values) -> str:
@@ -154,7 +153,7 @@ def write_shard(store: Store, array: Array, index: int, values: Values) -> str:
         Misuse: the store does not take it, or gives back something else.
     """
     cut = grid(array.shape)
-    shard = Shard.of(array, cut, index, cut.shards()[index])
+    shard = Shard(array, cut, index, *cut.shards()[index])
     assert values.dtype == dtype_of(array.dtype), f"{array.key}: {values.dtype}"
     assert values.shape == (shard.stop - shard.start,), f"{array.key}: {values.shape}"
     file, digest = shard.encode(values)
@@ -164,6 +163,10 @@ def write_shard(store: Store, array: Array, index: int, values: Values) -> str:
     if not np.array_equal(file, back):
         raise Misuse(f"{store.place(shard.name)} gives back other bytes than it got: do not use it")
     return digest
+
+
+def _crc(data: Bytes) -> bytes:
+    return int(google_crc32c.value(data)).to_bytes(_CRC, "little")
 
 
 # ---- the metadata of zarr
@@ -244,23 +247,21 @@ class NativeSource:
         where = store.place(MANIFEST)
         self._manifest = Manifest.from_bytes(read_whole(store, MANIFEST, BYTES_MAX), where)
         self.contents = self._manifest.contents
-        for array in self.contents.arrays:
-            if array.dtype not in DTYPES:
-                raise corrupt(where, 0, f"{array.key} is of dtype {array.dtype!r}")
-        self._unread = metadata(self.contents)
+        try:
+            self._unread = metadata(self.contents)
+        except (Misuse, ValueError) as cause:  # a dtype or a name that nobody can have written
+            raise corrupt(where, 0, str(cause)) from cause
         self._check(GROUP)
 
     def read(self, array: Array, start: int, stop: int) -> Values:
         """Elements [start, stop), every chunk checked whole before."""
         self._check(f"{node(array)}/{GROUP}")
         out = np.empty(stop - start, dtype=dtype_of(array.dtype))
-        cut = grid(array.shape)
-        for index, (begin, end) in enumerate(cut.shards()):
-            low, high = max(begin, start), min(end, stop)
-            if low < high:
-                shard = Shard.of(array, cut, index, (begin, end))
-                digest = self._manifest.shards[array.key][index]
-                shard.read(self.store, digest, low, high, out[low - start : high - start])
+        for shard in shards_of(array):
+            begin, end = max(shard.start, start), min(shard.stop, stop)
+            if begin < end:
+                digest = self._manifest.shards[array.key][shard.index]
+                shard.read(self.store, digest, begin, out[begin - start : end - start])
         return out
 
     def _check(self, name: str) -> None:
@@ -272,7 +273,7 @@ class NativeSource:
 
     def stored_digest(self, array: Array) -> str:
         """What the manifest says that `digest` is."""
-        return array_digest(digest[:32] for digest in self._manifest.shards[array.key])
+        return array_digest(digest[:_XXH] for digest in self._manifest.shards[array.key])
 
     def close(self) -> None:
         """Close its files."""
@@ -299,45 +300,41 @@ def open(path: Path, follow: bool = False) -> NativeSource:
 
 def plan(source: Source, directory: Path, wanted: Wanted) -> list[Item]:
     """One item per shard, and the manifest with the metadata at the end."""
-    store, digests = Directory(directory), dict[tuple[str, int], str]()
+    store, digests = Directory(directory), dict[str, str]()
+    arrays = source.contents.arrays
     metadata(source.contents)  # what cannot be written is known before anything is
 
-    def copy(array: Array, shard: Shard, tick: Tick) -> None:
-        values = source.read(array, shard.start, shard.stop)
-        digests[array.key, shard.index] = write_shard(store, array, shard.index, values)
+    def copy(shard: Shard, tick: Tick) -> None:
+        values = source.read(shard.array, shard.start, shard.stop)
+        digests[shard.name] = write_shard(store, shard.array, shard.index, values)
         tick(values.nbytes)
 
     def finish(tick: Tick) -> None:
         write_metadata(store, source.contents)
         shards = {
             array.key: tuple(
-                digests.get((array.key, shard.index)) or _again(store, shard)
-                for shard in shards_of(array)
+                digests.get(shard.name) or _again(store, shard) for shard in shards_of(array)
             )
-            for array in source.contents.arrays
+            for array in arrays
         }
         store.write(MANIFEST, Manifest(source.contents, shards).to_bytes())
 
-    return [*_copies(source.contents, copy), Item(MANIFEST, 0, finish, final=True)]
-
-
-def _copies(contents: Contents, copy: Callable[[Array, Shard, Tick], None]) -> Iterator[Item]:
-    for array in contents.arrays:
-        width = dtype_of(array.dtype).itemsize
-        for shard in shards_of(array):
-            size = (shard.stop - shard.start) * width
-            yield Item(shard.name, size, partial(copy, array, shard))
+    items = [
+        Item(shard.name, (shard.stop - shard.start) * dtype_of(array.dtype).itemsize,
+             partial(copy, shard))
+        for array in arrays for shard in shards_of(array)
+    ]  # fmt: skip
+    return [*items, Item(MANIFEST, 0, finish, final=True)]
 
 
 def _again(store: Store, shard: Shard) -> str:
-    """Digest of a shard that was written before this process began."""
-    size = (shard.chunk_bytes + _CRC) * len(shard.chunks)
-    file = np.empty(size + len(shard.footer()), dtype=np.uint8)
+    """Digest of a shard that an earlier try wrote."""
+    chunks, dtype = shard.chunks, dtype_of(shard.array.dtype)
+    file = np.empty(len(chunks) * shard.record + len(shard.footer(0)), dtype=np.uint8)
     store.read_into(shard.name, 0, file)
-    values = np.concatenate([row[:-_CRC] for row in shard._rows(file)])
-    width = dtype_of(shard.array.dtype).itemsize
-    whole = values[: (shard.stop - shard.start) * width].view(dtype_of(shard.array.dtype))
-    again, digest = shard.encode(whole)
+    sizes = [(end - begin) * dtype.itemsize for begin, end in chunks]
+    parts = zip(shard.rows(file, len(chunks)), sizes, strict=True)
+    again, digest = shard.encode(np.concatenate([row[:size] for row, size in parts]).view(dtype))
     if not np.array_equal(again, file):
-        raise corrupt(store.place(shard.name), 0, "is not what was written: remove the part of it")
+        raise corrupt(store.place(shard.name), 0, "it is not what was written: start over")
     return digest

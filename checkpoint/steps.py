@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from outlast.checkpoint.contents import Contents
+from outlast.checkpoint.formats.folder import corrupt
 from outlast.checkpoint.grid import grid
 from outlast.checkpoint.manifest import Manifest
 from outlast.checkpoint.native import MANIFEST, NAME, NativeSource, complete, write_metadata
 from outlast.checkpoint.store import Directory, Store, read_whole, store_at
-from outlast.cluster.errors import Corrupt, Misuse
+from outlast.cluster.errors import Misuse
 
 _OURS = re.compile(r"step-\d{12}(\.\d+(\.old)?\.part|\.\d{6,})?")  # nothing else is removed
 _NOTES = "__notes"  # zarr forbids such a name, so no array has it
@@ -48,10 +49,10 @@ class Steps:
         Raises:
             Corrupt: it is not what was written.
         """
-        source = NativeSource(self.store.within(name))
-        if (found := NAME.fullmatch(name)) is None or int(found[1]) != source.contents.step:
-            place = source.store.place(MANIFEST)
-            raise Corrupt(f"{place} at byte 0: of step {source.contents.step}")
+        store, found = self.store.within(name), NAME.fullmatch(name)
+        source = NativeSource(store)
+        if found is None or int(found[1]) != source.contents.step:
+            raise corrupt(store.place(MANIFEST), 0, f"of step {source.contents.step}")
         return source
 
     def draft(self, step: int, generation: int) -> "Draft":
@@ -66,8 +67,7 @@ class Steps:
         """Remove all steps and drafts but those; a manifest goes first, so none is half listed."""
         for name in self.store.children():
             if _OURS.fullmatch(name) and name not in kept:
-                self.store.remove(f"{name}/{MANIFEST}")
-                self.store.remove(name)
+                self.store.remove(name, first=MANIFEST)
 
 
 class Draft:

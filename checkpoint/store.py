@@ -46,8 +46,9 @@ class Store(Protocol):
         """A whole file, durable; Misuse where that cannot be done."""
         ...
 
-    def remove(self, name: str) -> None:
-        """A file or all that is below a name; Misuse where that cannot be done."""
+    def remove(self, name: str, first: str = "") -> None:
+        """A file, or all that is below a name, the file `first` of it before the others; nothing
+        where there is nothing; Misuse where that cannot be done."""
         ...
 
     def within(self, name: str) -> "Store":
@@ -88,11 +89,13 @@ class Directory(Folder):
         except OSError as error:
             raise Misuse(f"{path} cannot be written: {error}") from error
 
-    def remove(self, name: str) -> None:
-        """See `Store`; never through a symbolic link."""
+    def remove(self, name: str, first: str = "") -> None:
+        """See `Store`; of a symbolic link only the link."""
         path = self.path / name
         try:
             if path.is_dir() and not path.is_symlink():
+                if first:
+                    (path / first).unlink(missing_ok=True)
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
@@ -121,9 +124,8 @@ class Bucket:
     def children(self, name: str = "") -> list[str]:
         """See `Store`."""
         with _Told(self.place(name), "listed"):
-            self._system.invalidate_cache()
             try:
-                found = self._system.ls(f"{self._root}/{name}".rstrip("/"), detail=False)
+                found = self._fresh().ls(f"{self._root}/{name}".rstrip("/"), detail=False)
             except FileNotFoundError:
                 return []
         return sorted(PurePosixPath(path).name for path in found)
@@ -131,12 +133,12 @@ class Bucket:
     def holds(self, name: str) -> bool:
         """See `Store`."""
         with _Told(self.place(name), "looked up"):
-            return bool(self._system.isfile(f"{self._root}/{name}"))
+            return bool(self._fresh().isfile(f"{self._root}/{name}"))
 
     def size(self, name: str) -> int:
         """See `Store`."""
         with _Told(self.place(name), "read", wrong=True):
-            return int(self._system.size(f"{self._root}/{name}"))
+            return int(self._fresh().size(f"{self._root}/{name}"))
 
     def read_into(self, name: str, offset: int, out: NDArray[np.uint8]) -> None:
         """See `Store`."""
@@ -154,12 +156,13 @@ class Bucket:
         with _Told(self.place(name), "written"):
             self._system.pipe_file(f"{self._root}/{name}", bytes(data))
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, first: str = "") -> None:
         """See `Store`."""
         with _Told(self.place(name), "removed"):
-            self._system.invalidate_cache()
-            if self._system.exists(f"{self._root}/{name}"):
-                self._system.rm(f"{self._root}/{name}", recursive=True)
+            whole = f"{self._root}/{name}"
+            for path in [f"{whole}/{first}", whole] if first else [whole]:
+                if self._fresh().exists(path):
+                    self._fresh().rm(path, recursive=True)
 
     def within(self, name: str) -> "Bucket":
         """See `Store`."""
@@ -167,6 +170,11 @@ class Bucket:
 
     def close(self) -> None:
         """Its connections are fsspec's own."""
+
+    def _fresh(self) -> Any:
+        """The file system, which remembers no listing: others write there as well."""
+        self._system.invalidate_cache()
+        return self._system
 
 
 def store_at(url: str) -> Directory | Bucket:
