@@ -17,6 +17,7 @@ import click
 import outlast
 from outlast.cluster.environment import KEY_BYTES_MIN, environment
 from outlast.cluster.errors import Misuse
+from outlast.launch.checkpoint_commands import convert, inspect, verify
 from outlast.launch.config import LaunchConfig, key_values, node_range
 from outlast.launch.processor import worker_count
 from outlast.launch.surroundings import Surroundings, restart_of, shared_key, surroundings
@@ -87,6 +88,10 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.version_option(outlast.__version__, prog_name="outlast")
 def commands() -> None:
     """Training that outlasts its machines."""
+
+
+for _command in (convert, verify, inspect):
+    commands.add_command(_command)
 
 
 @commands.command(context_settings={"allow_interspersed_args": False})

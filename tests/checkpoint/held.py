@@ -1,11 +1,17 @@
 """A checkpoint that lies in memory: a source for every writer, and the truth for every reader."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from outlast.checkpoint.contents import Array, Contents, Group
+from outlast.checkpoint.convert import Conversion, convert
 from outlast.checkpoint.dtypes import Values, dtype_of
+from outlast.checkpoint.formats.registry import FORMATS, Opened, open_checkpoint
+from outlast.checkpoint.items import Wanted
+from outlast.checkpoint.source import Source, digest
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "wte.weight": (31, 8), "blocks.0.weight": (8, 24), "blocks.0.bias": (24,),
@@ -60,3 +66,35 @@ def random(array: Array) -> Values:
     values = np.asarray(generator.standard_normal(array.shape), dtype=np.float32)
     values = np.square(values) if array.role == "exp_avg_sq" else values
     return values.astype(dtype_of(array.dtype))
+
+
+WANTED = {"deepspeed": Wanted(ranks=2, stage=2), "dcp": Wanted(ranks=2)}
+
+
+def silent(what: str, at: int, total: int) -> None: ...
+
+
+def into(source: Opened | Source, to: str, directory: Path, **wanted: object) -> Opened:
+    """Convert, and open the result as a user would."""
+    if not isinstance(source, Opened):
+        directory.mkdir(parents=True, exist_ok=True)
+        origin = directory / "origin"  # stands for the files of what lies in memory
+        origin.mkdir(exist_ok=True)
+        source = Opened(FORMATS["native"], origin, source)
+    job = conversion(source, to, directory / to, **wanted)
+    place = convert(job, silent)
+    assert place == job.place
+    assert not list(directory.rglob(".*.part"))
+    assert {path.name for path in (directory / to).iterdir()} >= {place.name} or place.name == to
+    return open_checkpoint(directory / to)
+
+
+def conversion(source: Opened, to: str, destination: Path, **wanted: object) -> Conversion:
+    return Conversion(
+        source=source, to=FORMATS[to], destination=destination, workers=2,
+        wanted=replace(WANTED.get(to, Wanted()), **wanted),
+    )  # fmt: skip
+
+
+def digests(source: Source) -> dict[str, str]:
+    return {array.key: digest(source, array) for array in source.contents.arrays}

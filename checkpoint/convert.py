@@ -1,0 +1,215 @@
+"""From one format into another: planned, written in parallel, proven, and only then visible.
+
+    DST/.NAME.part/journal    what is written, from what: an interrupted conversion goes on
+    DST/.NAME.part/NAME/      the checkpoint, until it is proven and gets its name, DST/NAME
+
+Invariant: under its final name there is a whole checkpoint, on disk, or nothing.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+import xxhash
+
+import outlast
+from outlast.checkpoint.dtypes import dtype_of
+from outlast.checkpoint.formats.registry import Format, Opened
+from outlast.checkpoint.items import Item, Wanted
+from outlast.checkpoint.pool import spread
+from outlast.checkpoint.proof import differences, unlike
+from outlast.cluster.errors import Corrupt, Misuse
+
+Progress = Callable[[str, int, int], None]  # what is being done, its bytes so far, and of how many
+_PROBLEMS_SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversion:
+    """What is to be written where.
+
+    Args:
+        destination: directory that the checkpoint, or a directory of its own for it, is put in.
+        workers: threads; each holds a few tens of MB.
+    """
+
+    source: Opened
+    to: Format
+    destination: Path
+    wanted: Wanted
+    workers: int
+
+    @property
+    def place(self) -> Path:
+        """Where the checkpoint will be."""
+        name = self.to.writer.name_of(self.source.source.contents)
+        return Path(os.path.abspath(self.destination / name))
+
+    @property
+    def part(self) -> Path:
+        """Where it is until then."""
+        return self.place.parent / f".{self.place.name}.part"
+
+
+def convert(job: Conversion, progress: Progress) -> Path:
+    """Do it, from where an earlier try ended; the path of the result.
+
+    Raises:
+        Misuse: the destination exists or is too small; the source changed meanwhile, or has what
+            the format cannot hold.
+        Corrupt: of the source; or the result is not what it should be: nothing is left of it.
+    """
+    _check_place(job)
+    job.part.mkdir(parents=True, exist_ok=True)
+    with _journal(job.part) as journal:
+        identity = _identity(job)
+        directory = job.part / job.place.name
+        done = _begin(journal, identity, directory)
+        items = job.to.writer.plan(job.source.source, directory, job.wanted)
+        _write(job, journal, items, done, progress)
+        _flush(*directory.rglob("*"), directory)
+        _prove(job, directory, progress)
+        if _identity(job) != identity:
+            raise Misuse(f"{job.source.path} changed while it was read: start again")
+        _publish(job, directory)
+    return job.place
+
+
+def _check_place(job: Conversion) -> None:
+    place, source = job.place, job.source.path.absolute()
+    if place.is_symlink() or (place.exists() and (not place.is_dir() or any(place.iterdir()))):
+        raise Misuse(f"{place} exists: give another destination, or remove it")
+    if place.is_relative_to(source):
+        raise Misuse(f"{place} lies in the source: give another destination")
+
+
+@contextmanager
+def _journal(part: Path) -> Iterator[TextIO]:
+    """The journal of a part, for us alone."""
+    strange = [path.name for path in part.iterdir()] if part.is_dir() else [part.name]
+    if strange and "journal" not in strange:
+        raise Misuse(f"{part} is not of a conversion: remove it")
+    with (part / "journal").open("a+", encoding="utf-8") as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as cause:
+            raise Misuse(f"another conversion is writing {part}: wait for it") from cause
+        yield journal
+
+
+def _identity(job: Conversion) -> str:
+    """Equal if the same program would write the same files from the same files."""
+    path = job.source.path
+    files = sorted(path.rglob("*")) if path.is_dir() else sorted(path.parent.iterdir())
+    told = [(str(f), (s := f.stat()).st_size, s.st_mtime_ns) for f in files if f.is_file()]
+    wanted = [outlast.__version__, job.to.name, asdict(job.wanted), str(path.absolute()), told]
+    return xxhash.xxh3_128_hexdigest(json.dumps(wanted).encode())
+
+
+def _begin(journal: TextIO, identity: str, directory: Path) -> set[str]:
+    """What is done already; of another conversion nothing is kept."""
+    journal.seek(0)
+    first, *done = journal.read().split("\n")[:-1] or [""]  # the last one may be half
+    if first != identity:
+        shutil.rmtree(directory, ignore_errors=True)
+        journal.truncate(0)
+        _note(journal, identity)
+        done = []
+    directory.mkdir(exist_ok=True)
+    return set(done)
+
+
+def _note(journal: TextIO, line: str) -> None:
+    journal.write(line + "\n")
+    journal.flush()
+
+
+def _write(
+    job: Conversion, journal: TextIO, items: Sequence[Item], done: set[str], progress: Progress
+) -> None:
+    left = [item for item in items if repr(item.name) not in done]
+    total = sum(item.size for item in items)
+    at = total - sum(item.size for item in left)
+    free = shutil.disk_usage(job.part).free
+    if free < total - at:
+        raise Misuse(f"{job.part} has {free:,} bytes free, and {total - at:,} are needed")
+
+    def tick(size: int) -> None:
+        nonlocal at
+        at += size
+        progress("writing", at, total)
+
+    try:
+        for last in (False, True):
+            tasks = [(item.name, item.make) for item in left if item.final == last]
+            for name, _ in spread(tasks, job.workers, tick):
+                _note(journal, repr(name))
+    except OSError as cause:
+        raise Misuse(f"{job.part}: {cause}: the same command goes on from there") from cause
+
+
+def _flush(*paths: Path) -> None:
+    """To disk, and out of memory: what is proven is what a later reader gets."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def _prove(job: Conversion, directory: Path, progress: Progress) -> None:
+    at, total = 0, 0
+
+    def tick(size: int) -> None:
+        nonlocal at
+        at += size
+        progress("proving", at, total)
+
+    contents = job.source.source.contents
+    found: list[str] = []
+    try:
+        place = job.to.reader.find(directory)
+        if place is None:
+            raise Corrupt(f"{directory}: not recognised as {job.to.name}")
+        result = job.to.reader.open(place)
+        try:
+            found += differences(contents, result.contents, job.to, job.wanted)
+            if not found:
+                arrays = result.contents.arrays
+                total = sum(a.numel * dtype_of(a.dtype).itemsize for a in arrays)
+                found += unlike(job.source.source, result, job.workers, tick)
+        finally:
+            result.close()
+    except Corrupt as error:
+        found.append(str(error))
+    if found:
+        shutil.rmtree(job.part)
+        more = f" … and {len(found) - _PROBLEMS_SHOWN} more" * (len(found) > _PROBLEMS_SHOWN)
+        raise Corrupt(
+            f"what was written is not what was read, and was removed: "
+            f"{'; '.join(found[:_PROBLEMS_SHOWN])}{more}"
+        )
+
+
+def _publish(job: Conversion, directory: Path) -> None:
+    place = job.place
+    try:
+        directory.rename(place)
+    except OSError as cause:
+        raise Misuse(f"{place} appeared meanwhile: {cause}") from cause
+    _flush(place.parent)
+    if job.to.writer.LATEST:
+        draft = job.part / "latest"
+        draft.write_text(place.name, encoding="utf-8")
+        _flush(draft)
+        draft.rename(place.parent / job.to.writer.LATEST)
+    shutil.rmtree(job.part)
+    _flush(place.parent)

@@ -1,0 +1,86 @@
+"""The formats by name, and which of them a directory holds."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from outlast.checkpoint.contents import PARAM, UNTRAINED, Array, Contents
+from outlast.checkpoint.items import Wanted
+from outlast.checkpoint.source import Source
+from outlast.cluster.errors import Misuse
+
+OPTIMIZER, GROUPS, FACTS, RUN = "optimizer", "groups", "facts", "run"
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A format's modules, which are imported when they are used.
+
+    Args:
+        reading: has `find(path)` and `open(path, follow)`, maybe `disagreements(source)`.
+        writing: has `plan(source, directory, wanted)`, `name_of(contents)` and `LATEST`, maybe
+            `stored(array, contents, wanted)`: what becomes of an array.
+        lacks: what it has no place for.
+    """
+
+    name: str
+    reading: str
+    writing: str
+    lacks: frozenset[str] = frozenset({RUN})
+
+    @property
+    def reader(self) -> ModuleType:
+        """Its reading module."""
+        return import_module(f"outlast.checkpoint.{self.reading}")
+
+    @property
+    def writer(self) -> ModuleType:
+        """Its writing module."""
+        return import_module(f"outlast.checkpoint.{self.writing}")
+
+    def stored(self, contents: Contents, wanted: Wanted) -> dict[str, Array]:
+        """Key -> the array as this format holds it, for all that it holds."""
+        change: Any = getattr(self.writer, "stored", lambda array, contents, wanted: array)
+        kept = {PARAM, *UNTRAINED} if OPTIMIZER in self.lacks else {a.role for a in contents.arrays}
+        return {a.key: change(a, contents, wanted) for a in contents.arrays if a.role in kept}
+
+
+_ALL = (
+    Format("native", "native", "native", frozenset()),
+    Format("universal", "formats.universal", "formats.universal"),
+    Format("deepspeed", "formats.deepspeed", "formats.deepspeed_write"),
+    Format("megatron", "formats.megatron", "formats.megatron"),
+    Format("dcp", "formats.dcp", "formats.dcp"),
+    Format("safetensors", "formats.safetensors", "formats.safetensors",
+           frozenset({OPTIMIZER, GROUPS, FACTS, RUN})),
+)  # fmt: skip
+FORMATS = {each.name: each for each in _ALL}  # what is recognised first is first
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint at `path`, of `format`, open for reading."""
+
+    format: Format
+    path: Path
+    source: Source
+
+
+def open_checkpoint(path: Path, name: str | None = None, follow: bool = False) -> Opened:
+    """Open what lies at `path`: of the format `name`, or of the one that it looks like.
+
+    Raises:
+        Misuse: it is none, or there are two of different formats.
+        Corrupt: it is damaged.
+    """
+    tried = [FORMATS[name]] if name else list(FORMATS.values())
+    found = [(each, place) for each in tried if (place := each.reader.find(path))]
+    if not found:
+        what = f"a checkpoint of {name}" if name else f"one of {', '.join(FORMATS)}"
+        raise Misuse(f"{path} is not {what}" + ("" if path.exists() else ": it does not exist"))
+    (first, place), others = found[0], [each.name for each, at in found if at != found[0][1]]
+    if others:
+        raise Misuse(f"{path} has {first.name} and {', '.join(others)}: choose with --from")
+    return Opened(first, place, first.reader.open(place, follow))

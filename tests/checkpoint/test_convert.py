@@ -1,0 +1,276 @@
+"""Every format into every other, without a loss; conversions that are cut short, or go wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from held import Held, conversion, digests, held, into, silent
+
+from outlast.checkpoint import convert as engine
+from outlast.checkpoint import proof
+from outlast.checkpoint.contents import Array, Contents
+from outlast.checkpoint.convert import convert
+from outlast.checkpoint.formats.registry import FORMATS, Opened, open_checkpoint
+from outlast.checkpoint.items import Wanted
+from outlast.cluster.errors import Corrupt, Misuse
+
+FULL = [name for name in FORMATS if name != "safetensors"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Opened]:
+    """The same contents in every format."""
+    directory = tmp_path_factory.mktemp("formats")
+    return {name: into(held(), name, directory) for name in FORMATS}
+
+
+@pytest.mark.parametrize("first", FULL)
+@pytest.mark.parametrize("second", FULL)
+def test_there_and_back_again(
+    made: dict[str, Opened], first: str, second: str, tmp_path: Path
+) -> None:
+    there = into(made[first], second, tmp_path / "there")
+    assert there.format.name == second
+    back = into(there, first, tmp_path / "back")
+    assert digests(back.source) == digests(made[first].source) == digests(held())
+    for source in (there.source, back.source):
+        assert_same(source.contents, held().contents)
+
+
+def assert_same(found: Contents, truth: Contents) -> None:
+    """All that every format but safetensors has to keep."""
+    assert (found.step, found.dtype, found.aliases) == (truth.step, truth.dtype, truth.aliases)
+    assert set(found.arrays) == set(truth.arrays)
+    assert [g.names for g in found.groups] == [g.names for g in truth.groups]
+    for mine, theirs in zip(found.groups, truth.groups, strict=True):
+        assert mine.hyper.items() >= theirs.hyper.items()
+        assert mine.scalars == theirs.scalars
+    for fact in proof.KEPT_FACTS:
+        assert found.facts[fact] == truth.facts[fact]
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_weights_alone_leave_the_optimizer_behind(
+    made: dict[str, Opened], name: str, tmp_path: Path
+) -> None:
+    told = list(proof.left_behind(made[name].source.contents, FORMATS["safetensors"]))
+    assert any("exp_avg, exp_avg_sq stay behind" in text for text in told)
+    found = into(made[name], "safetensors", tmp_path)
+    assert digests(found.source) == digests(made["safetensors"].source)
+    assert digests(found.source).items() <= digests(held()).items()
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_half_precision_keeps_its_masters(name: str, tmp_path: Path) -> None:
+    source = held("bfloat16")
+    found = into(source, name, tmp_path)
+    assert digests(found.source) == digests(source)
+    assert found.source.contents.dtype == "bfloat16"
+
+
+# ---- a result that is not what it should be
+
+
+class Spoilt(Held):
+    """Gives one element of one array differently every time but the first."""
+
+    def __init__(self, key: str) -> None:
+        good = held()
+        super().__init__(good.contents, good.values)
+        self.key, self.times = key, 0
+
+    def read(self, array: Array, start: int, stop: int) -> np.ndarray:
+        values = super().read(array, start, stop)
+        if array.key == self.key:
+            self.times += 1
+            values.view("u1")[0] ^= self.times > 1
+        return values
+
+
+@pytest.mark.parametrize("name", ["native", "safetensors"])
+@pytest.mark.parametrize("key", ["param/scale", "param/wte.weight", "buffer/mask"])
+def test_one_wrong_bit_is_found_and_nothing_stays(tmp_path: Path, name: str, key: str) -> None:
+    with pytest.raises(Corrupt, match=f"{key}: 1 bytes are not the source's"):
+        into(Spoilt(key), name, tmp_path)
+    assert not (tmp_path / name).exists() or not list((tmp_path / name).iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda c: {"step": 8}, "step 7 became 8"),
+        (lambda c: {"arrays": c.arrays[1:]}, "param/wte.weight is missing"),
+        (lambda c: {"arrays": (*c.arrays, Array("buffer", "b", (), "bool"))}, "b is too much"),
+        (lambda c: {"arrays": tuple(replace(a, dtype="float64") for a in c.arrays)}, "became"),
+        (lambda c: {"groups": c.groups[::-1]}, "hold other parameters"),
+        (lambda c: {"groups": (replace(c.groups[0], hyper={}), c.groups[1])}, "group 0: lr 0.0003"),
+        (lambda c: {"groups": (replace(c.groups[0], scalars={}), c.groups[1])}, "group 0: step"),
+        (lambda c: {"aliases": {}}, "tied names"),
+        (lambda c: {"facts": {}}, "facts: lr_scheduler"),
+        (lambda c: {}, None),
+    ],
+)
+def test_what_is_not_carried_is_told(change: object, why: str | None) -> None:
+    contents = held().contents
+    other = replace(contents, **change(contents))
+    found = list(proof.differences(contents, other, FORMATS["dcp"], Wanted()))
+    assert (not found) if why is None else any(why in text for text in found)
+
+
+# ---- cut short
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from outlast.checkpoint.convert import convert
+from held import *
+class Slow(Held):
+    def read(self, array, start, stop):
+        print(array.key, flush=True)
+        time.sleep(0.1)
+        return super().read(array, start, stop)
+directory = Path(sys.argv[1])
+source = held()
+slow = Slow(source.contents, source.values)
+opened = Opened(FORMATS["native"], directory / "origin", slow)
+convert(conversion(opened, sys.argv[2], directory / "out"), silent)
+"""
+
+
+@pytest.mark.parametrize("name", ["native", "safetensors"])
+def test_killed_and_gone_on(tmp_path: Path, name: str) -> None:
+    (tmp_path / "origin").mkdir()
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), name]
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": path})  # fmt: skip
+    assert process.stdout is not None
+    for _ in range(6):
+        assert process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    out = tmp_path / "out"
+    parts = [*out.glob(".*.part"), *tmp_path.glob(".*.part")]
+    assert len(parts) == 1
+    assert not list(out.glob("step*")) + list(out.glob("*.safetensors"))
+
+    class Counted(Held):
+        read_keys: list[str] = []  # noqa: RUF012
+
+        def read(self, array: Array, start: int, stop: int) -> np.ndarray:
+            self.read_keys.append(array.key)
+            return super().read(array, start, stop)
+
+    source = Counted(held().contents, held().values)
+    opened = Opened(FORMATS["native"], tmp_path / "origin", source)
+    job = conversion(opened, name, out)
+    done = len((job.part / "journal").read_text().splitlines()) - 1
+    assert done >= 2
+    convert(job, silent)
+    total = len(FORMATS[name].stored(source.contents, Wanted()))
+    reads = len(source.read_keys) - total  # without those of the proof
+    assert reads <= total - done + (name == "safetensors")  # its header is an item, too
+    assert digests(open_checkpoint(out).source).items() <= digests(held()).items()
+    assert not job.part.exists()
+
+
+def test_what_changed_meanwhile_starts_over(tmp_path: Path) -> None:
+    (tmp_path / "origin").mkdir()
+    source = held()
+
+    class Failing(Held):
+        def read(self, array: Array, start: int, stop: int) -> np.ndarray:
+            if array.key == "buffer/cos":
+                raise Corrupt("planted")
+            return super().read(array, start, stop)
+
+    opened = Opened(FORMATS["native"], tmp_path / "origin", source)
+    broken = replace(opened, source=Failing(source.contents, source.values))
+    with pytest.raises(Corrupt, match="planted"):
+        convert(conversion(broken, "safetensors", tmp_path / "out"), silent)
+    journal = next(tmp_path.glob(".out.part")) / "journal"
+    before = journal.read_text().splitlines()
+    assert len(before) > 3
+    (tmp_path / "origin" / "file").write_text("new")
+    with pytest.raises(Corrupt, match="planted"):
+        convert(replace(conversion(broken, "safetensors", tmp_path / "out"), workers=1), silent)
+    assert journal.read_text().splitlines()[0] != before[0]
+    journal.write_text("garbage")
+    convert(conversion(opened, "safetensors", tmp_path / "out"), silent)
+    assert digests(open_checkpoint(tmp_path / "out").source).items() <= digests(source).items()
+
+
+def test_a_source_that_changes_while_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "origin").mkdir()
+
+    def meddle(what: str, at: int, total: int) -> None:
+        (tmp_path / "origin" / "file").write_text("new")
+
+    opened = Opened(FORMATS["native"], tmp_path / "origin", held())
+    with pytest.raises(Misuse, match="changed while it was read"):
+        convert(conversion(opened, "native", tmp_path / "out"), meddle)
+    assert not list((tmp_path / "out").glob("step*"))
+
+
+def test_destinations_that_are_refused(tmp_path: Path) -> None:
+    source = into(held(), "safetensors", tmp_path)
+    out = tmp_path / "out"
+    for make, why in [
+        (lambda: (out.mkdir(), (out / "file").touch()), "exists"),
+        (lambda: ((out / "file").unlink(), out.rmdir(), out.symlink_to(tmp_path)), "exists"),
+        (lambda: (out.unlink(), (tmp_path / ".out.part").mkdir(),
+                  (tmp_path / ".out.part" / "mine").touch()), "not of a conversion"),
+    ]:  # fmt: skip
+        make()
+        with pytest.raises(Misuse, match=why):
+            convert(conversion(source, "safetensors", out), silent)
+    assert (tmp_path / ".out.part" / "mine").exists()
+    stored = into(held(), "native", tmp_path / "second")
+    with pytest.raises(Misuse, match="lies in the source"):
+        convert(conversion(stored, "safetensors", stored.path / "out"), silent)
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    opened = Opened(FORMATS["native"], tmp_path / "origin", held())
+    (tmp_path / "origin").mkdir()
+    job = conversion(opened, "native", tmp_path / "out")
+
+    def again(what: str, at: int, total: int) -> None:
+        with pytest.raises(Misuse, match="another conversion is writing"):
+            convert(job, silent)
+
+    convert(job, again)
+
+
+def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = engine.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(engine.shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(Misuse, match="100 bytes free"):
+        into(held(), "native", tmp_path)
+
+
+# ---- which format it is
+
+
+def test_what_is_nothing_and_what_is_two(tmp_path: Path) -> None:
+    with pytest.raises(Misuse, match="does not exist"):
+        open_checkpoint(tmp_path / "none")
+    with pytest.raises(Misuse, match="is not one of native, "):
+        open_checkpoint(tmp_path)
+    with pytest.raises(Misuse, match="is not a checkpoint of dcp"):
+        open_checkpoint(tmp_path, "dcp")
+    into(held(), "native", tmp_path)
+    into(held(), "safetensors", tmp_path / "s")
+    (tmp_path / "s" / "safetensors" / "model.safetensors").rename(
+        tmp_path / "native" / "model.safetensors"
+    )
+    with pytest.raises(Misuse, match="has native and safetensors"):
+        open_checkpoint(tmp_path / "native")
+    assert open_checkpoint(tmp_path / "native", "native").format is FORMATS["native"]
+    assert open_checkpoint(tmp_path / "native", "safetensors").source.contents.groups == ()
