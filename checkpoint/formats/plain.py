@@ -2,8 +2,8 @@
 
 What JSON has is itself; everything else is {"!": what it is, "of": its parts}.
 
->>> to_json({"betas": (0.9, 0.95), 3: b"ab"})
-{'!': 'dict', 'of': [['betas', {'!': 'tuple', 'of': [0.9, 0.95]}], [3, {'!': 'bytes', 'of': 'YWI='}]]}
+>>> to_json({"betas": (0.9, 0.95), "key": b"ab"})
+{'betas': {'!': 'tuple', 'of': [0.9, 0.95]}, 'key': {'!': 'bytes', 'of': 'YWI='}}
 >>> from_json(to_json({"betas": (0.9, 0.95), 3: b"ab"}))
 {'betas': (0.9, 0.95), 3: b'ab'}
 """
@@ -22,7 +22,7 @@ def to_json(value: Any) -> Any:
     """JSON of anything that `pickles.load` returns and that has no tensors.
 
     Raises:
-        ValueError: it has some.
+        TypeError: it has some.
     """
     if isinstance(value, list):
         return [to_json(item) for item in value]
@@ -41,7 +41,7 @@ def to_json(value: Any) -> Any:
     if isinstance(value, Opaque):
         return _tagged("object", [value.name, to_json(value.args), to_json(value.state)])
     if isinstance(value, TensorRef):
-        raise ValueError(f"a tensor {value.shape}")
+        raise TypeError(f"a tensor {value.shape}")
     if isinstance(value, float) and not isfinite(value):
         return _tagged("float", repr(value))
     return value
