@@ -217,6 +217,7 @@ class Report:
         model: fingerprint of the model and of its initial values.
         numerics: what else decides the bits, see `runtime.determinism`.
         ended: newest step behind which all ranks have waited for each other, as it knows.
+        changed: what it has besides trained parameters came from storage, not from the script.
     """
 
     rank: int
@@ -232,6 +233,7 @@ class Report:
     slots: tuple[SlotSource, ...]
     parity: tuple[ParitySource, ...]
     ended: int = -1
+    changed: bool = False
 
     def as_json(self) -> dict[str, Any]:
         slots = [

@@ -13,6 +13,8 @@ writers without a word.
 [('a', 0, 0), ('b', 0, 1)]
 """
 
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +42,18 @@ def shards(space: Space) -> list[Shard]:
         for tensor in space.tensors
         for index, (start, stop) in enumerate(grid(tensor.shape).shards())
     ]  # fmt: skip
+
+
+def parts(space: Space, runs: Iterable[Run]) -> Iterator[tuple[Shard, Run]]:
+    """Plain `runs`, cut where shards are: (shard, addresses in it)."""
+    found = shards(space)
+    starts = [shard.run.start for shard in found]
+    for run in runs:
+        for index in range(bisect_right(starts, run.start) - 1, len(found)):
+            shard = found[index]
+            if shard.run.start >= run.stop:
+                break
+            yield shard, Run.of(max(run.start, shard.run.start), min(run.stop, shard.run.stop))
 
 
 def writers(space: Space, held: Layout) -> list[tuple[Shard, int]]:

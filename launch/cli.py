@@ -56,8 +56,10 @@ OPTIONS: tuple[tuple[str, Any, Any, str, str], ...] = (
     ("drain", None, False, "Under SLURM, to drain bad nodes; needs an operator's rights.", ""),
     ("role", str, "default", "ROLE_NAME of the workers.", ""),
     ("log-dir", str, "", "Directory of logs [default: outlast_logs/JOB].", ""),
-    ("checkpoint-dir", str, "", "Where a stopped job leaves its state, and a started one looks for "
-     "it [default: checkpoints in the log directory].", ""),
+    ("checkpoint-dir", str, "", "Directory or URL where a job leaves its state, and a started one "
+     "looks for it [default: checkpoints in the log directory].", ""),
+    ("checkpoint-every", str, "", "How often besides at a stop: 200 (steps), 30s, 10m, 2h.", ""),
+    ("checkpoint-keep", int, 2, "Steps that stay there.", ""),
     ("redirects", str, "0", "To files: 0..3 (1 stdout, 2 stderr) or RANK:0..3,…", "r"),
     ("tee", str, "0", "To files and the console, in the same form.", "t"),
     ("local-ranks-filter", str, "", "Only these local ranks on the console: 0,1,…", ""),
@@ -267,7 +269,8 @@ def config_from_options(
         endpoints=() if local else endpoints if found is None else found.endpoints,
         job=job, standalone=local, log_dir=log_dir, max_restarts=options["max_restarts"],
         role=options["role"], module=options["module"], no_python=options["no_python"],
-        checkpoint_dir=str(Path(options["checkpoint_dir"] or f"{log_dir}/checkpoints").absolute()),
+        checkpoint_dir=_absolute(options["checkpoint_dir"] or f"{log_dir}/checkpoints"),
+        checkpoint_every=options["checkpoint_every"], checkpoint_keep=options["checkpoint_keep"],
         redirects=options["redirects"], tee=options["tee"],
         local_ranks_filter=tuple(int(text) for text in ranks),
         local_addr=options["local_addr"], interface=options["interface"],
@@ -302,6 +305,10 @@ def job_key(path: str, config: LaunchConfig, found: Surroundings | None = None) 
     if key is not None and len(key) < KEY_BYTES_MIN:
         raise Misuse(f"--job-key-file: shorter than {KEY_BYTES_MIN} bytes: openssl rand -hex 32")
     return key
+
+
+def _absolute(place: str) -> str:
+    return place if "://" in place else str(Path(place).absolute())
 
 
 def _check_script(options: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from outlast.checkpoint.every import Every
 from outlast.cluster.errors import Misuse
 
 DEFAULT_PORT = 29400
@@ -44,6 +45,8 @@ class LaunchConfig:
     poison: str = "evict"
     shutdown_timeout_s: float | None = None
     checkpoint_dir: str = ""
+    checkpoint_every: str = ""
+    checkpoint_keep: int = 2
     requeues: int = 0  # how often a scheduler has started the job before
 
     def __post_init__(self) -> None:
@@ -56,6 +59,7 @@ class LaunchConfig:
             (0.05 <= self.heartbeat_s <= 60, "--heartbeat must be between 0.05 and 60 seconds"),
             (self.shutdown_timeout_s is None or 0 <= self.shutdown_timeout_s < 1e6,
              "--shutdown-timeout must not be negative"),
+            (self.checkpoint_keep >= 1, "--checkpoint-keep must be at least 1"),
             (self.job and "/" not in self.job and "\0" not in self.job,
              "--rdzv-id must be a name without '/'"),
             ("/" not in self.node, "--node-name must be a name without '/'"),
@@ -66,6 +70,7 @@ class LaunchConfig:
         for holds, complaint in demands:
             if not holds:
                 raise Misuse(complaint)
+        Every.parse(self.checkpoint_every)
         for text in self.endpoints:
             host_and_port(text)
         for name, text in (("--redirects", self.redirects), ("--tee", self.tee)):

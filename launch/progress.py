@@ -66,7 +66,8 @@ class Progress:
     def loaded(self, message: Message) -> None:
         """A worker has read its part of a step from storage: said once."""
         if message.get("rank") == 0:
-            self._console.line(f"step {message.get('step')} read from {message.get('path')}")
+            by = ", which another program wrote" if message.get("foreign") else ""
+            self._console.line(f"step {message.get('step')} read from {message.get('path')}{by}")
 
     def told(self, name: str, message: Message) -> None:
         """What one worker, wherever it is, says of another and people should know."""
@@ -82,6 +83,13 @@ class Progress:
             units = message.get("units")
             what = f"{_count(len(units), 'block')}" if isinstance(units, list) else "blocks"
             self.say(f"step {step}: LOSSY: {what} averaged from the neighbours; training goes on")
+        elif name == "saved":
+            say(f"step {step} is on storage after {message.get('seconds')} s")
+        elif name == "save_failed":
+            say(f"step {step} is not on storage, training goes on: {message.get('cause')}")
+        elif name == "save_skipped":
+            slow = f"that of step {message.get('saving')} takes {message.get('seconds')} s so far"
+            say(f"step {step}: no save, {slow} (ranks {message.get('ranks')})")
         elif name == "rebalanced":
             say(f"leaves are dealt by speed, in rank order {message.get('weights')}")
 

@@ -68,6 +68,8 @@ class WorkerDesk:
             "host": agent.mesh.me.host, "rebalance": agent.config.rebalance,
             "evict_poison": agent.config.poison == "evict",
             "checkpoint_dir": agent.config.checkpoint_dir,
+            "checkpoint_every": agent.config.checkpoint_every,
+            "checkpoint_keep": agent.config.checkpoint_keep,
             "restarts": agent.crew.slots[worker.local_rank].spawns - 1,
         })  # fmt: skip
         agent.describe()

@@ -1,73 +1,141 @@
-"""The state on storage: written when the job is asked to stop, read when it is started again.
+"""The state on storage: saved while the job runs and when it is asked to stop, read when it starts.
 
-Both happen inside the entry into a generation, where all ranks are at one step and whole, so that
-a loss meanwhile is one more generation, in which it is done again.
+A start and a stop happen inside the entry into a generation, where all ranks are at one step and
+whole, so that a loss meanwhile is one more generation, in which it is done again.
 """
 
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from outlast.checkpoint.every import Every
+from outlast.checkpoint.grid import grid
 from outlast.checkpoint.records import SlotRecord
-from outlast.checkpoint.storage import Storage, StoredStep
-from outlast.cluster.errors import Misuse, OutlastError, StateLost, Stopped
-from outlast.layout.layout import deal
+from outlast.checkpoint.steps import Steps
+from outlast.checkpoint.writers import parts
+from outlast.cluster.errors import Misuse, StateLost, Stopped
 from outlast.layout.run import Run
 from outlast.runtime.collectives import Communicator
+from outlast.runtime.errand import Wanted, together
+from outlast.runtime.saving import Phase, Saving, Stage
+from outlast.runtime.staging import stored_roles
+from outlast.runtime.stored_run import fitting, record_of
 
 if TYPE_CHECKING:
     from outlast.runtime.training import Training
 
-Wanted = Callable[[], bool]
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A step that was read: its facts; whether what is not trained is no longer as the script made
+    it; whether another program wrote it."""
+
+    record: SlotRecord
+    changed: bool
+    foreign: bool
 
 
 class Durable:
     """The storage of one job, as one rank sees it."""
 
     def __init__(self, training: "Training") -> None:
-        self._training = training
-        self._timing = training.link.identity.timing
-        directory = training.link.identity.checkpoint_dir
-        shape, settings = training.state.memory.shape, training.settings
-        roles = [[role.name, role.dtype] for role in shape.roles]
-        origin: dict[str, Any] = {"model": shape.fingerprint, "numel": shape.numel, "roles": roles}
-        origin |= {name: getattr(settings, name) for name in ("seed", "leaves", "grain")}
-        self._storage = Storage(Path(directory), origin) if directory else None
+        self._training, identity = training, training.link.identity
+        self._url, self._keep = identity.checkpoint_dir, identity.checkpoint_keep
+        self._period_s = identity.timing.heartbeat_s
+        self.every = Every.parse(identity.checkpoint_every if self._url else "")
+        self.saving = Saving(training, lambda: self._steps, self.every)
+        self.changed = False  # what is not trained is not what the script made of it
+
+    @cached_property
+    def _steps(self) -> Steps:
+        """Only errands ask for it: a store may hang."""
+        return Steps(self._url, self._keep)
 
     def names(self, communicator: Communicator) -> tuple[str, ...]:
         """Steps that any rank sees, newest first: what one of them does not see is a fault."""
-        mine = self._storage.names() if self._storage is not None else []
+
+        def look(wanted: Wanted) -> list[str]:
+            return self._steps.names() if self._url else []
+
+        mine, errors = together(communicator, look, self._period_s)
+        if errors:
+            raise Misuse(f"{errors[0]}: is it the right --checkpoint-dir?")
         seen = {name for names in communicator.gather_json(mine) for name in names}
         return tuple(sorted(seen, reverse=True))
 
     def load(
         self, communicator: Communicator, names: Sequence[str], owned: Sequence[Run]
-    ) -> StoredStep:
+    ) -> SlotRecord:
         """Fill the first half with the runs `owned` of the newest step that every rank can read.
 
         Raises:
             StateLost: there is none.
         """
-        training, storage, reasons = self._training, self._storage, []
-        assert storage is not None, "no names without storage"
-        memory = training.state.memory
+        training, reasons = self._training, []
         for name in names:
 
-            def read(wanted: Wanted, name: str = name) -> StoredStep:
-                found = storage.open(name)
-                memory.begin(0)
-                storage.read(found, owned, memory, 0, wanted)
-                return found
+            def read(wanted: Wanted, name: str = name) -> _Read:
+                return self._read(name, owned, wanted)
 
-            stored, errors = _together(communicator, read, self._timing.heartbeat_s)
-            if not errors:
-                where = {"step": stored.step, "path": str(stored.path), "rank": communicator.rank}
-                training.link.send(kind="event", event="loaded", **where)
-                return stored
+            found, errors = together(communicator, read, self._period_s)
+            if not errors and found is not None:
+                self.saving.saved, self.changed = found.record.step, self.changed or found.changed
+                training.link.send(
+                    kind="event", event="loaded", rank=communicator.rank, step=found.record.step,
+                    path=f"{self._url}/{name}", foreign=found.foreign,
+                )  # fmt: skip
+                return found.record
             reasons.append(errors[0])
         raise StateLost(f"{'; '.join(reasons)}: put it right, or remove it to start over")
+
+    def _read(self, name: str, owned: Sequence[Run], wanted: Wanted) -> _Read:
+        """Bring the runs `owned` of a step into the first half, and what is not trained."""
+        training, where = self._training, f"{self._url}/{name}"
+        memory, space, untrained = training.state.memory, training.state.space, training.untrained
+        changed = False
+        with closing(self._steps.open(name)) as source:
+            arrays = fitting(training, source.contents, where)
+            record = record_of(source.contents, where)
+            with wanted.held():
+                memory.begin(0)
+            for role, stored in stored_roles(memory.shape):
+                for shard, run in parts(space, owned):
+                    array, first = arrays[f"{stored}/{shard.name}"], space.offset(shard.name)
+                    values = source.read(array, run.start - first, run.stop - first)
+                    with wanted.held():
+                        memory.run_bytes(0, role, run)[:] = values.view(np.uint8)
+            for mine in untrained.arrays:
+                for start, stop in grid(mine.shape).shards():
+                    values = source.read(arrays[mine.key], start, stop)
+                    with wanted.held():
+                        changed |= untrained.fill(mine.key, start, values)
+        return _Read(record, changed, foreign=not source.contents.run)
+
+    def share(self, communicator: Communicator, changed: Sequence[bool]) -> None:
+        """Who joins a run that took what is not trained from storage gets it from another rank."""
+        if any(changed) and not all(changed):
+            takers = [rank for rank, there in enumerate(changed) if not there]
+            self._training.untrained.share(communicator, changed.index(True), takers)
+            self.changed = True
+
+    def say(self, step: int) -> dict[str, Any]:
+        """What this rank's vote on `step` has of a job that saves while it runs."""
+        return {"save": self.saving.say(step)} if self.every else {}
+
+    def heed(self, heads: Sequence[Mapping[str, Any]], step: int) -> Stage | None:
+        """See `Saving.heed`; a rank that was started without --checkpoint-every is never ready."""
+        unready = {"phase": Phase.BUSY}
+        votes = [head.get("save", unready) for head in heads]
+        return self.saving.heed(votes, step) if self.every else None
+
+    def save_last(self, communicator: Communicator) -> None:
+        """The last step of a job that saves while it runs, before it ends."""
+        if self.every:
+            self.saving.finish(communicator, self._training.link.identity.timing.grace_s)
 
     def save_and_stop(self, communicator: Communicator) -> None:
         """Write the step that all ranks are at.
@@ -76,72 +144,9 @@ class Durable:
             Stopped: always: it is stored, and this rank's work is done.
             Misuse: it cannot be written.
         """
-        training, storage = self._training, self._storage
-        assert storage is not None, "only a job with storage is asked to stop"
-        state, rank = training.state, communicator.rank
-        committed = state.memory.record(state.half)
-        assert committed is not None, "the entry into the generation has committed it"
-        runs = state.owned
-        if training.ladder.replicated:
-            holders = training.membership.holders
-            runs = deal(training.model.space, holders, training.settings.grain).runs(holders[rank])
-        sums = state.memory.sums(state.half, runs)
-        record = replace(committed, owned=runs, held=runs, sums=sums)
-
-        def write(wanted: Wanted) -> bool:
-            storage.write(rank, state.memory, state.half, record, wanted)
-            return True
-
-        _, errors = _together(communicator, write, self._timing.heartbeat_s)
-        records = [SlotRecord.from_json(f) for f in communicator.gather_json(record.as_json())]
-        if rank == 0 and not errors:
-            errors = _errors_of(lambda: storage.publish(records))
-        # Nobody leaves before the step is complete.
-        if errors := [error for said in communicator.gather_json(errors) for error in said]:
-            if rank == 0:
-                storage.discard()
-            raise Misuse(f"the job was to stop, but {errors[0]}")
+        training = self._training
+        assert self._url, "only a job with storage is asked to stop"
+        if failed := self.saving.finish(communicator):
+            raise Misuse(f"the job was to stop, but {failed}")
         training.link.send(kind="stopped", step=training.committed)
         raise Stopped(f"step {training.committed} is on storage")
-
-
-def _together(
-    communicator: Communicator, work: Callable[[Wanted], Any], period_s: float
-) -> tuple[Any, list[str]]:
-    """Do something slow on every rank while all keep meeting, so that no collective waits for long;
-    its result here, and what went wrong anywhere.
-
-    When the generation ends meanwhile the work ends before this returns: the next one may train on
-    the memory that it fills.
-    """
-    result: list[Any] = []
-    errors: list[str] = []
-    unwanted = threading.Event()
-
-    def run() -> None:
-        try:
-            errors.extend(_errors_of(lambda: result.append(work(lambda: not unwanted.is_set()))))
-        finally:
-            if not result and not errors:
-                errors.append("a rank came to no end: its output has the reason")
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    done = False
-    try:
-        while not done:
-            thread.join(period_s)
-            said = communicator.gather_json([not thread.is_alive(), errors])
-            done = all(finished for finished, _ in said)
-    finally:
-        unwanted.set()
-        thread.join()
-    return (result[0] if result else None), [error for _, found in said for error in found]
-
-
-def _errors_of(work: Callable[[], Any]) -> list[str]:
-    try:
-        work()
-    except (OutlastError, OSError) as error:
-        return [f"{type(error).__name__}: {error}"]
-    return []

@@ -40,6 +40,12 @@ class FlatModel:
         _check(module, trained)
         self.module = module.to(dtype=dtype) if dtype else module
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        first_of = {p: n for n, p in module.named_parameters()}
+        self.aliases = {  # of tied parameters: other name -> name
+            n: first_of[p]
+            for n, p in module.named_parameters(remove_duplicate=False)
+            if n != first_of[p]
+        }
         first = next(iter(self.parameters.values()))
         self.device, self.dtype = first.device, first.dtype
         self.space = Space.of(

@@ -49,7 +49,9 @@ class Identity:
     timing: Timing
     rebalance: bool = False  # deal leaves by measured speed
     evict_poison: bool = True  # whoever computes wrong gradients leaves the job
-    checkpoint_dir: str = ""  # where the state goes when the job is asked to stop
+    checkpoint_dir: str = ""  # where the state goes when the job is asked to stop, and
+    checkpoint_every: str = ""  # how often before, see `checkpoint.every`
+    checkpoint_keep: int = 2  # how many steps stay there
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ class Link(Protocol):
     identity: Identity
     pulse: Pulse
 
-    def ready(self, device: torch.device, protected: bool) -> None: ...
+    def ready(self, device: torch.device, protected: bool, sharded: bool) -> None: ...
     def allocate(self, size: int) -> int: ...
     def memories(self) -> dict[int, int]: ...
     def send(self, **message: object) -> None: ...
@@ -131,7 +133,7 @@ class AgentLink:
         self._complete = False
         self._current: Generation | None = None
         self._graveyard = Graveyard()
-        self._device, self._protected = torch.device("cpu"), False
+        self._device, self._protected, self._saves = torch.device("cpu"), False, False
         self.pulse = Pulse()
         if latch is not None:
             Latch(latch).hold()
@@ -147,12 +149,15 @@ class AgentLink:
             rebalance=welcome["rebalance"],
             evict_poison=welcome["evict_poison"],
             checkpoint_dir=welcome["checkpoint_dir"],
+            checkpoint_every=welcome["checkpoint_every"],
+            checkpoint_keep=welcome["checkpoint_keep"],
         )
 
-    def ready(self, device: torch.device, protected: bool) -> None:
+    def ready(self, device: torch.device, protected: bool, sharded: bool) -> None:
         """Ask to take part in the data plane, with tensors on `device`; protected: steps have
-        parity, so that generations need their side group."""
+        parity; sharded: no rank has the whole state. Either may need the side group."""
         self._device, self._protected = device, protected
+        self._saves = sharded and bool(self.identity.checkpoint_every)
         self.send(kind="ready")
 
     def allocate(self, size: int) -> int:
@@ -317,8 +322,10 @@ class AgentLink:
             self._current = current
             self._state.notify_all()
         self.send(kind="event", event="connected", generation=generation, rank=rank)
-        if not self._protected or len(set(current.domains.values())) == 1:
-            return  # no parity; and nothing is protected against the loss of the only domain
+        # Nothing is protected against the loss of the only domain.
+        encodes = self._protected and len(set(current.domains.values())) > 1
+        if not encodes and not (self._saves and len(view.workers) > 1):
+            return
         side = self._join(view, rank, stores[1])
         try:
             if side is None:
@@ -359,7 +366,7 @@ class SoloLink:
         self._generation: Generation | None = None
         self.pulse = Pulse()
 
-    def ready(self, device: torch.device, protected: bool) -> None:
+    def ready(self, device: torch.device, protected: bool, sharded: bool) -> None:
         """Connect the group of one."""
         now = time.time()
         store = RendezvousStore(lambda key, value: None, _PEER_START_S)

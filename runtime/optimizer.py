@@ -131,7 +131,9 @@ class CohortOptimizer:
     def __init__(self, factory: OptimizerFactory, state: OptimizerState) -> None:
         self._factory, self.state = factory, state
         self._parts: list[tuple[Cohort, ShardOptimizer, list[int]]] = []
-        self.base_rate = float(factory([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"])
+        group = factory([nn.Parameter(torch.zeros(1))]).param_groups[0]
+        self.base_rate = float(group["lr"])
+        self.hyper = {name: _plain(value) for name, value in group.items() if name != "params"}
 
     def rebuild(
         self, views: Sequence[Tensor], cohorts: Sequence[Cohort], members: Sequence[int]
@@ -171,6 +173,15 @@ class CohortOptimizer:
             columns = [list(column) for column in zip(*chosen, strict=True)] or [[], [], []]
             found.append(shard.step(*columns, rate * cohort.rate))
         return found
+
+
+def _plain(value: Any) -> Any:
+    """A hyper-parameter as JSON knows it."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
 def _probe(like: Tensor) -> Tensor:

@@ -143,17 +143,13 @@ class _Entry:
         training = self.training
         owned = decision.layout.runs(training.link.identity.holder)
         self.memory.reserve(owned)
-        stored = training.durable.load(self.communicator, names, owned)
-        first = stored.records[0]
-        # Generations began anew: what was averaged before is older than all of them.
-        lineage = tuple(replace(one, generation=-n)
-                        for n, one in enumerate(reversed(first.lineage)))[::-1]  # fmt: skip
+        found = training.durable.load(self.communicator, names, owned)
         decision = replace(
-            decision, step=stored.step, fresh=False, losses=tuple(first.losses),
-            scalars=first.scalars, norms=first.norms, lineage=lineage, stored=True,
+            decision, step=found.step, fresh=False, losses=tuple(found.losses),
+            scalars=found.scalars, norms=found.norms, lineage=found.lineage, stored=True,
         )  # fmt: skip
         training.gathered = -1
-        record = replace(self._empty_record(decision), norms=first.norms, lineage=lineage)
+        record = replace(self._empty_record(decision), norms=found.norms, lineage=found.lineage)
         training.state.publish(0, record, owned, owned, self.generation.view.generation)
         return decision, 0
 
@@ -208,6 +204,7 @@ class _Entry:
             slots=tuple(slot.source() for slot in survey.slots),
             parity=tuple(parity.source for parity in survey.parity),
             ended=training.ended,
+            changed=training.durable.changed,
         )
 
     def _move(self, decision: Recovery, survey: Survey) -> int:
@@ -263,6 +260,8 @@ class _Entry:
             training.gathered = 0
         elif decision.fills or any(report.done != step for report in reports):
             training.gather()
+        if not decision.stored:
+            training.durable.share(self.communicator, [report.changed for report in reports])
         # Leaves of other parameters than those of now do not count.
         averaged = any(one.step == step and one.runs for one in lineage)
         kept = {} if averaged else _kept(reports, step)

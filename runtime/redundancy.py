@@ -1,4 +1,4 @@
-"""Parity of every step, made while the next step computes.
+"""Parity of every step, made while the next step computes; and behind it what a save begins with.
 
 After step s is gathered, its parity travels and is encoded in a thread of its own, over the side
 group of the generation, beside forward and backward. `finish` waits for it. No rank starts the next
@@ -8,6 +8,7 @@ to.
 """
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from outlast.cluster.errors import GenerationChanged, PeerLost
 from outlast.cluster.failpoint import reach
 from outlast.layout.layout import Layout
 from outlast.layout.stripe import Stripe
+from outlast.runtime.collectives import Communicator
 from outlast.runtime.link import Generation
 from outlast.runtime.parity_stream import ParityStream, Stream, Swap
 from outlast.runtime.shard_state import ShardState
@@ -51,31 +53,34 @@ class Redundancy:
         self.keep: tuple[int, int] | None = None  # parity that must not be overwritten
         state.memory.parity.reserve(self._rounds.bytes)
 
-    def start(self) -> None:
+    def start(self, then: Callable[[Callable[[], Communicator]], None] | None = None) -> None:
         """Begin the parity of the newest step; every rank does.
 
+        Args:
+            then: called behind it, over the same side group, with what waits for that.
         Raises:
             GenerationChanged, PeerLost: it never will be whole.
         """
-        if not self._rounds.rounds:
+        if not self._rounds.rounds and then is None:
             return
-        self._due = self._state.step, self._generation.view.generation
+        if self._rounds.rounds:
+            self._due = self._state.step, self._generation.view.generation
         stream = Stream(part for role in self._state.roles for part in self._state.live(role.name))
         # As early as can be: a loss before the parity is whole goes back one step. A thread that
         # has just started would wait for a busy processor before it posts anything.
         side, first = self._generation.side, None
-        if side.done():
+        if self._rounds.rounds and side.done():
             first = self._rounds.post(side.result(), stream)
         self._worker = threading.Thread(
             target=self._run,
-            args=(self._state.beside(), stream, first),
+            args=(self._state.beside(), stream, first, then),
             name="outlast-parity",
             daemon=True,
         )
         self._worker.start()
 
     def finish(self) -> None:
-        """Wait until the parity of the newest step is committed.
+        """Wait until the parity of the newest step is committed, and what comes behind it is done.
 
         Raises:
             GenerationChanged, PeerLost: it never will be.
@@ -92,11 +97,18 @@ class Redundancy:
             self._worker = None
 
     def _run(
-        self, beside: AbstractContextManager[object], stream: Stream, first: Swap | None
+        self,
+        beside: AbstractContextManager[object],
+        stream: Stream,
+        first: Swap | None,
+        then: Callable[[Callable[[], Communicator]], None] | None,
     ) -> None:
         try:
             with beside:
-                self._protect(stream, first)
+                if self._rounds.rounds:
+                    self._protect(stream, first)
+                if then is not None:
+                    then(self._generation.side.result)
         except (GenerationChanged, PeerLost) as cause:
             self._failure = cause
 

@@ -187,7 +187,7 @@ class Run:
             shard_state(memory, flat.space, flat.device),
         )
         self._fingerprint = flat.fingerprint()
-        self._link.ready(flat.device, zero > 0 and bool(safe.m or safe.edges))
+        self._link.ready(flat.device, zero > 0 and bool(safe.m or safe.edges), zero > 0)
         try:
             recovery.join(self._training, self._fingerprint)
         except (JobComplete, Stopped) as over:
@@ -221,7 +221,9 @@ class Run:
                 training.membership.redundancy.finish()
                 if failpoint.drilled():
                     self._tell_digest()
-                training.membership.generation.communicator.gather_bytes(b"")
+                communicator = training.membership.generation.communicator
+                training.durable.save_last(communicator)
+                communicator.gather_bytes(b"")
             except _INTERRUPTED:
                 try:
                     self.recover()

@@ -49,7 +49,9 @@ from outlast.runtime.link import Generation, Link
 from outlast.runtime.optimizer import CohortOptimizer, Schedule
 from outlast.runtime.pace import Pace
 from outlast.runtime.redundancy import Redundancy
+from outlast.runtime.saving import Stage
 from outlast.runtime.shard_state import ShardState
+from outlast.runtime.untrained import Untrained
 
 
 class Safety(TypedDict, total=False):
@@ -165,6 +167,7 @@ class Training:
         self.norm = 0.0
         self.todo: list[int] = []
         self.nodes: list[tuple[Node, ...]] = []
+        self.untrained = Untrained(model.module)
         self.durable = Durable(self)
         self.now: Membership | None = None
         self.restored = 0  # step that this generation started from
@@ -192,6 +195,7 @@ class Training:
             redundancy,
         )
         self.pace.enter(holders)
+        self.durable.saving.enter()
         self.restored = self.committed
 
     def deal_leaves(
@@ -266,7 +270,7 @@ class Training:
         if self.settings.zero == 2:
             self.stack.release()
         self._clean_up(now)
-        self.protect()
+        self.protect(self.durable.heed(heads, self.committed))
         _follow_pace(self, heads)
         self.link.pulse.outside()
 
@@ -290,11 +294,12 @@ class Training:
         """Exchange what is known of the leaves and the grain sums: every rank gets what each rank
         says of its leaves, in rank order, and the same norm."""
         reach("vote", step=self.committed)
-        head = {
+        head: dict[str, Any] = {
             "losses": self.stack.losses,
             "found": [[leaf, *values] for leaf, values in self.stack.found.items()],
             "seconds": self.leaf.seconds,
         }
+        head |= self.durable.say(self.committed + 1)
         if self.ladder.average is not None:
             sizes = self.settings.grain, self.model.space
             head["squares"] = unit_squares(squares, now.reduced, *sizes)
@@ -357,10 +362,10 @@ class Training:
             if me == now.generation.first_of_node(me):
                 self.link.send(kind="release", generation=now.generation.view.generation)
 
-    def protect(self) -> None:
-        """Begin the parity of the newest step, beside the leaves of the next."""
+    def protect(self, stage: Stage | None = None) -> None:
+        """Begin the parity of the newest step, and its save, beside the leaves of the next."""
         reach("protect", step=self.committed - 1)
-        self.membership.redundancy.start()
+        self.membership.redundancy.start(stage)
 
     def whole_role(self, role: str, use: Callable[[Tensor], None]) -> None:
         """Call `use` with every element of one role, in address order; a collective."""

@@ -39,7 +39,7 @@ class Transfer:
         before: tuple[Decode, ...] = ()
         rebuilt: list[Units] = []
         for batch in chain(batches(decision, self._shape), [Batch()]):
-            mail = _Mail(self._communicator)
+            mail = Mail(self._communicator)
             incoming = [*self._post_moves(mail, batch.moves)]
             incoming += self._post_outputs(mail, before, rebuilt)
             self._post_inputs(mail, batch.decodes)
@@ -56,7 +56,7 @@ class Transfer:
     def _fill(self, fills: Sequence[Fill], state: ShardState, half: int) -> list[Run]:
         """Average what is lost from the neighbours, which lie with their new owners by now."""
         primary = state.roles[0].name
-        mail = _Mail(self._communicator)
+        mail = Mail(self._communicator)
         for fill in fills:
             for side in fill.sides:
                 mine = side.src == self._rank
@@ -72,7 +72,7 @@ class Transfer:
                 state.host(half, role.name, fill.run).zero_()
         return [fill.run for fill in filled]
 
-    def _post_moves(self, mail: "_Mail", moves: Sequence[Move]) -> Iterator[tuple[str, Run]]:
+    def _post_moves(self, mail: "Mail", moves: Sequence[Move]) -> Iterator[tuple[str, Run]]:
         """Post `moves`; yields (role, run) of what is for this rank."""
         for move in moves:
             for role, width in self._widths.items():
@@ -83,7 +83,7 @@ class Transfer:
                     yield role, move.run
 
     def _post_outputs(
-        self, mail: "_Mail", decodes: Sequence[Decode], rebuilt: Sequence[Units]
+        self, mail: "Mail", decodes: Sequence[Decode], rebuilt: Sequence[Units]
     ) -> Iterator[tuple[str, Run]]:
         """Post what `decodes` gave, those of this rank being `rebuilt`; yields what is for it."""
         mine = iter(rebuilt)
@@ -97,7 +97,7 @@ class Transfer:
                 if output.dst == self._rank:
                     yield output.role, output.run
 
-    def _post_inputs(self, mail: "_Mail", decodes: Sequence[Decode]) -> None:
+    def _post_inputs(self, mail: "Mail", decodes: Sequence[Decode]) -> None:
         for decode in decodes:
             for part in decode.inputs:
                 mine = part.src == self._rank
@@ -124,7 +124,7 @@ class Transfer:
         return lost
 
 
-class _Mail:
+class Mail:
     """The messages of one round: every rank posts all of them, in the same order."""
 
     def __init__(self, communicator: Communicator) -> None:
