@@ -37,6 +37,7 @@ class Conversion:
     Args:
         destination: directory that the checkpoint, or a directory of its own for it, is put in.
         workers: threads; each holds a few tens of MB.
+        proof: read the result again, and compare it with the source.
     """
 
     source: Opened
@@ -44,6 +45,7 @@ class Conversion:
     destination: Path
     wanted: Wanted
     workers: int
+    proof: bool = True
 
     @property
     def place(self) -> Path:
@@ -71,10 +73,15 @@ def convert(job: Conversion, progress: Progress) -> Path:
         identity = _identity(job)
         directory = job.part / job.place.name
         done = _begin(journal, identity, directory)
-        items = job.to.writer.plan(job.source.source, directory, job.wanted)
+        try:
+            items = job.to.writer.plan(job.source.source, directory, job.wanted)
+        except Misuse:
+            shutil.rmtree(job.part)
+            raise
         _write(job, journal, items, done, progress)
         _flush(*directory.rglob("*"), directory)
-        _prove(job, directory, progress)
+        if job.proof:
+            _prove(job, directory, progress)
         if _identity(job) != identity:
             raise Misuse(f"{job.source.path} changed while it was read: start again")
         _publish(job, directory)
@@ -82,10 +89,10 @@ def convert(job: Conversion, progress: Progress) -> Path:
 
 
 def _check_place(job: Conversion) -> None:
-    place, source = job.place, job.source.path.absolute()
+    place, source = job.place, job.source.path
     if place.is_symlink() or (place.exists() and (not place.is_dir() or any(place.iterdir()))):
         raise Misuse(f"{place} exists: give another destination, or remove it")
-    if place.is_relative_to(source):
+    if isinstance(source, Path) and place.is_relative_to(os.path.abspath(source)):
         raise Misuse(f"{place} lies in the source: give another destination")
 
 
@@ -105,10 +112,15 @@ def _journal(part: Path) -> Iterator[TextIO]:
 
 def _identity(job: Conversion) -> str:
     """Equal if the same program would write the same files from the same files."""
-    path = job.source.path
-    files = sorted(path.rglob("*")) if path.is_dir() else sorted(path.parent.iterdir())
-    told = [(str(f), (s := f.stat()).st_size, s.st_mtime_ns) for f in files if f.is_file()]
-    wanted = [outlast.__version__, job.to.name, asdict(job.wanted), str(path.absolute()), told]
+    path, source = job.source.path, job.source.source
+    if isinstance(path, Path):
+        files = path.rglob("*") if path.is_dir() else path.parent.iterdir()
+        states = {str(file): file.stat() for file in files if file.is_file()}
+        told = [(name, states[name].st_size, states[name].st_mtime_ns) for name in sorted(states)]
+        path = str(path.absolute())
+    else:
+        told = [(array.key, source.stored_digest(array)) for array in source.contents.arrays]
+    wanted = [outlast.__version__, job.to.name, asdict(job.wanted), path, told]
     return xxhash.xxh3_128_hexdigest(json.dumps(wanted).encode())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from outlast.checkpoint.contents import PARAM, UNTRAINED, Array, Contents
 from outlast.checkpoint.items import Wanted
 from outlast.checkpoint.source import Source
+from outlast.checkpoint.store import store_at
 from outlast.cluster.errors import Misuse
 
 OPTIMIZER, GROUPS, FACTS, RUN = "optimizer", "groups", "facts", "run"
@@ -61,20 +62,25 @@ FORMATS = {each.name: each for each in _ALL}  # what is recognised first is firs
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A checkpoint at `path`, of `format`, open for reading."""
+    """A checkpoint at `path`, or at a URL, of `format`, open for reading."""
 
     format: Format
-    path: Path
+    path: Path | str
     source: Source
 
 
-def open_checkpoint(path: Path, name: str | None = None, follow: bool = False) -> Opened:
-    """Open what lies at `path`: of the format `name`, or of the one that it looks like.
+def open_checkpoint(place: Path | str, name: str | None = None, follow: bool = False) -> Opened:
+    """Open what lies at a path: of the format `name`, or of the one that it looks like.
+
+    At a URL only the native format is read.
 
     Raises:
         Misuse: it is none, or there are two of different formats.
         Corrupt: it is damaged.
     """
+    if "://" in str(place):
+        return _remote(str(place), FORMATS["native"])
+    path = Path(place)
     tried = [FORMATS[name]] if name else list(FORMATS.values())
     found = [(each, place) for each in tried if (place := each.reader.find(path))]
     if not found:
@@ -84,3 +90,14 @@ def open_checkpoint(path: Path, name: str | None = None, follow: bool = False) -
     if others:
         raise Misuse(f"{path} has {first.name} and {', '.join(others)}: choose with --from")
     return Opened(first, place, first.reader.open(place, follow))
+
+
+def _remote(url: str, native: Format) -> Opened:
+    """A step at a URL, or the newest of those below it."""
+    store = store_at(url)
+    if not store.holds(native.reader.MANIFEST):
+        names = native.reader.complete(store)
+        if not names:
+            raise Misuse(f"{url} has no native checkpoint: another format is copied here first")
+        store = store.within(names[0])
+    return Opened(native, store.place("").rstrip("/"), native.reader.NativeSource(store))

@@ -236,6 +236,14 @@ def test_destinations_that_are_refused(tmp_path: Path) -> None:
         convert(conversion(stored, "safetensors", stored.path / "out"), silent)
 
 
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    arrays = (Array("param", "a", (2,), "float32"), Array("buffer", "a", (2,), "float32"))
+    source = Held(Contents(0, arrays), {})
+    with pytest.raises(Misuse, match="same name"):
+        into(source, "safetensors", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["origin"]
+
+
 def test_two_at_once(tmp_path: Path) -> None:
     opened = Opened(FORMATS["native"], tmp_path / "origin", held())
     (tmp_path / "origin").mkdir()
@@ -274,3 +282,36 @@ def test_what_is_nothing_and_what_is_two(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "native")
     assert open_checkpoint(tmp_path / "native", "native").format is FORMATS["native"]
     assert open_checkpoint(tmp_path / "native", "safetensors").source.contents.groups == ()
+
+
+# ---- larger than memory
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from held import *
+class Endless(Held):
+    def read(self, array, start, stop):
+        return np.arange(start, stop, dtype=np.float32)
+arrays = tuple(Array(role, name, (4096, 4096), "float32")
+               for role in ("param", "exp_avg", "exp_avg_sq") for name in "abcd")
+group = Group(tuple("abcd"), HYPER, {"step": 7.0})
+directory = Path(sys.argv[1])
+(directory / "origin").mkdir()
+opened = Opened(FORMATS["native"], directory / "origin", Endless(Contents(7, arrays, (group,)), {}))
+into(held(), sys.argv[2], directory / "small")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+into(opened, sys.argv[2], directory)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FORMATS)
+def test_memory_is_bounded_whatever_the_size(tmp_path: Path, name: str) -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path), name], text=True,
+                          check=True, stdout=subprocess.PIPE, timeout=300,
+                          env=os.environ | {"PYTHONPATH": path})  # fmt: skip
+    assert int(done.stdout) < 2 * 64e6, "two workers, of 805 MB"
