@@ -8,7 +8,7 @@ from typing import Any
 
 from outlast.checkpoint.formats.folder import Folder, corrupt
 from outlast.checkpoint.formats.pickles import Opaque, TensorRef
-from outlast.checkpoint.formats.plain import Note, plain
+from outlast.checkpoint.formats.plain import Note, carried, plain
 from outlast.checkpoint.formats.torch_zip import read
 from outlast.cluster.errors import Corrupt, Misuse
 
@@ -16,13 +16,14 @@ Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 
 # What DeepSpeed itself puts at the top of the file; the rest is the user's client_state.
-_OWN = frozenset(
-    "module buffer_names optimizer param_shapes frozen_param_shapes frozen_param_fragments "
-    "shared_params lr_scheduler data_sampler random_ltd sparse_tensor_module_names "
-    "csr_tensor_module_names skipped_steps global_steps global_samples dp_world_size "
-    "mp_world_size checkpoint_parallel_dimensions ds_config ds_version universal_checkpoint_info "
-    "num_experts ds_autoep_layers ds_autoep_folding".split()
-)
+_OWN = frozenset([
+    "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes",
+    "frozen_param_fragments", "shared_params", "lr_scheduler", "data_sampler", "random_ltd",
+    "sparse_tensor_module_names", "csr_tensor_module_names", "skipped_steps", "global_steps",
+    "global_samples", "dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions",
+    "ds_config", "ds_version", "universal_checkpoint_info", "num_experts", "ds_autoep_layers",
+    "ds_autoep_folding",
+])  # fmt: skip
 _MISSING: Any = object()
 
 
@@ -81,6 +82,7 @@ class Model:
     module: dict[str, TensorRef]
     trained: list[Shapes]
     frozen: Shapes
+    fragments: dict[str, TensorRef]
     aliases: dict[str, str]
     buffers: tuple[str, ...]
 
@@ -103,13 +105,26 @@ class Model:
         aliases = {str(a): str(n) for a, n in shared.items() if a not in known}
         aliases |= _same(module, {*known, *buffers, *aliases})
         frozen = state.shapes(state.get("frozen_param_shapes", dict, default={}))
-        return cls(state, module, trained, frozen, aliases, buffers)
+        fragments = state.tensors("frozen_param_fragments")
+        return cls(state, module, trained, frozen, fragments, aliases, buffers)
 
     @property
     def rest(self) -> dict[str, TensorRef]:
         """Of the module, what is not trained, no buffer and no alias."""
         known = {*self.buffers, *self.aliases, *(name for group in self.trained for name in group)}
         return {name: ref for name, ref in self.module.items() if name not in known}
+
+    def tensor(self, name: str) -> TensorRef:
+        """A tensor of the module; Corrupt where it is not there."""
+        if name not in self.module:
+            raise self.state.wrong(f"the module has no {name[:99]}")
+        return self.module[name]
+
+    def fragment(self, name: str) -> TensorRef:
+        """This rank's part of a frozen parameter; Corrupt where it is not there."""
+        if name not in self.fragments:
+            raise self.state.wrong(f"frozen_param_fragments have no {name[:99]}")
+        return self.fragments[name]
 
     def order(self, names: Iterable[str]) -> list[str]:
         """`names` in the model's order."""
@@ -122,13 +137,15 @@ class Model:
         for key in ("data_sampler", "random_ltd"):
             if values.get(key) is not None:
                 note(f"{key}: what DeepSpeed's own data loading keeps")
-        client = {key: value for key, value in values.items() if key not in _OWN}
-        told = {"client_state": client} | {
-            key: values.get(key)
-            for key in ("lr_scheduler", "ds_config", "ds_version", "universal_checkpoint_info",
-                        "global_samples", "skipped_steps")
-        }  # fmt: skip
-        return {key: plain(value, key, note) for key, value in told.items() if value is not None}
+        user = {key: value for key, value in values.items() if key not in _OWN}
+        told = {
+            "lr_scheduler": carried(values.get("lr_scheduler"), "lr_scheduler", note),
+            "client_state": carried(user, "client_state", note),
+        }
+        for key in ("ds_config", "ds_version", "universal_checkpoint_info", "global_samples",
+                    "skipped_steps"):  # fmt: skip
+            told[key] = plain(values.get(key), key, note)
+        return {key: value for key, value in told.items() if value is not None}
 
 
 def _same(module: dict[str, TensorRef], known: set[str]) -> dict[str, str]:

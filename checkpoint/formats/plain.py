@@ -10,11 +10,14 @@ What JSON has is itself; everything else is {"!": what it is, "of": its parts}.
 
 from base64 import b64decode, b64encode
 from collections import OrderedDict
+from collections.abc import Callable
 from math import isfinite
 from typing import Any
 
 from outlast.checkpoint.formats.pickles import Opaque, Size, Symbol, TensorRef
 
+Note = Callable[[str], None]  # told of everything that is left out, one sentence each
+_GONE = object()
 _SEQUENCES = {"size": Size, "tuple": tuple, "set": set, "frozenset": frozenset}  # Size is a tuple
 
 
@@ -69,3 +72,48 @@ def from_json(value: Any) -> Any:
         return Opaque(str(parts[0]), from_json(parts[1]), from_json(parts[2]))
     simple: dict[str, Any] = {"bytes": b64decode, "symbol": Symbol, "float": float}
     return simple[name](parts)
+
+
+def carried(value: Any, what: str, note: Note) -> Any:
+    """`to_json` of a value without its tensors, which are noted; None if it is one."""
+    found = _pruned(value, what, note, exact=True)
+    return None if found is _GONE else to_json(found)
+
+
+def plain(value: Any, what: str, note: Note) -> Any:
+    """A value without what JSON has no form for, which is noted; tuples become lists.
+
+    >>> told: list[str] = []
+    >>> plain({"betas": (0.9, 0.99), "seen": {1, 2}, "at": {5: 1}}, "group", told.append), told
+    ({'betas': [0.9, 0.99], 'at': {}}, ["group['seen'] is a set", "group['at'] has the key 5"])
+    """
+    found = _pruned(value, what, note, exact=False)
+    return None if found is _GONE else found
+
+
+def _pruned(value: Any, what: str, note: Note, exact: bool) -> Any:
+    """What is kept of a value: all but tensors, or what is JSON's own; _GONE if nothing is."""
+    if isinstance(value, dict):
+        kept = {k: _pruned(v, f"{what}[{k!r}]", note, exact) for k, v in value.items()}
+        for key in [] if exact else [key for key in kept if not isinstance(key, str)]:
+            note(f"{what} has the key {key!r}")
+            del kept[key]
+        pairs = [(key, inner) for key, inner in kept.items() if inner is not _GONE]
+        return OrderedDict(pairs) if exact and isinstance(value, OrderedDict) else dict(pairs)
+    if isinstance(value, list | tuple):
+        items = [_pruned(item, f"{what}[{i}]", note, exact) for i, item in enumerate(value)]
+        if any(item is _GONE for item in items):
+            return _GONE  # whole: what is left would stand in the wrong places
+        return type(value)(items) if exact else items
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if exact and not isinstance(value, TensorRef):
+        try:
+            to_json(value)
+        except TypeError:
+            note(f"{what} has tensors inside")
+            return _GONE
+        return value
+    kind = f"tensor of shape {value.shape}" if isinstance(value, TensorRef) else ""
+    note(f"{what} is a {kind or getattr(value, 'name', type(value).__name__)}")
+    return _GONE
