@@ -3,8 +3,8 @@
 ZeRO 1 and 2 lay the parameters of a group end to end, pad that to a multiple of twice the ranks,
 and give every rank an even part: parameters straddle ranks. ZeRO 3 cuts every parameter on its own
 into even parts, rounded up, and a rank's parts lie end to end, in sub-groups that depend on the
-number of ranks. Sources: stage_1_and_2.py (flatten_dense_tensors_aligned, _round_robin_reorder) and
-stage3.py (_create_fp16_partitions_with_defragmentation), partition_parameters.py (_partition_param).
+number of ranks. Sources: stage_1_and_2.py (flatten_dense_tensors_aligned, _round_robin_reorder),
+stage3.py (_create_fp16_sub_groups) and partition_parameters.py (_partition_param).
 
 >>> cut = flat({"a": 5, "b": 6}, ranks=2)
 >>> cut.length, cut.filled(0), cut.filled(1)

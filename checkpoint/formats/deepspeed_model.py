@@ -1,6 +1,5 @@
 """DeepSpeed's `*_model_states.pt`: shapes and order of what is trained, what is not, and facts."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,6 +23,10 @@ _OWN = frozenset([
     "ds_config", "ds_version", "universal_checkpoint_info", "num_experts", "ds_autoep_layers",
     "ds_autoep_folding",
 ])  # fmt: skip
+_TOLD = (
+    "lr_scheduler", "ds_config", "ds_version", "universal_checkpoint_info", "global_samples",
+    "skipped_steps",
+)  # fmt: skip
 _MISSING: Any = object()
 
 
@@ -126,26 +129,15 @@ class Model:
             raise self.state.wrong(f"frozen_param_fragments have no {name[:99]}")
         return self.fragments[name]
 
-    def order(self, names: Iterable[str]) -> list[str]:
-        """`names` in the model's order."""
-        place = {name: index for index, name in enumerate(self.module)}
-        return sorted(names, key=lambda name: place.get(name, len(place)))
-
     def facts(self, note: Note) -> dict[str, Any]:
         """What `Contents.facts` has of it; what has no place there is noted."""
         values = self.state.values
         for key in ("data_sampler", "random_ltd"):
             if values.get(key) is not None:
                 note(f"{key}: what DeepSpeed's own data loading keeps")
-        user = {key: value for key, value in values.items() if key not in _OWN}
-        told = {
-            "lr_scheduler": carried(values.get("lr_scheduler"), "lr_scheduler", note),
-            "client_state": carried(user, "client_state", note),
-        }
-        for key in ("ds_config", "ds_version", "universal_checkpoint_info", "global_samples",
-                    "skipped_steps"):  # fmt: skip
-            told[key] = plain(values.get(key), key, note)
-        return {key: value for key, value in told.items() if value is not None}
+        told = {key: values.get(key) for key in _TOLD}
+        told["client_state"] = {key: value for key, value in values.items() if key not in _OWN}
+        return {k: carried(value, k, note) for k, value in told.items() if value is not None}
 
 
 def _same(module: dict[str, TensorRef], known: set[str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ class Groups:
 
     def __init__(self, folder: Folder, base: State, note: Note) -> None:
         self._folder, self._note = folder, note
+        self.counts = "tensor"  # what the scalars are: torch has tensors, DeepSpeed's Adam ints
         self._told = self._hyper(base)
         self.scalars: list[dict[str, float]] = [{} for _ in self._told]
         self.units = [
@@ -51,6 +52,8 @@ class Groups:
                 continue
             if isinstance(value, TensorRef):
                 value = values(self._folder, value)[0].item()
+            elif isinstance(value, int):
+                self.counts = "int"
             if not isinstance(value, int | float):
                 self._note(f"the optimizer's {role} is no number and no tensor")
             elif self.scalars[index].setdefault(str(role), float(value)) != value:
@@ -111,6 +114,7 @@ class Zero:
     def facts(self) -> dict[str, Any]:
         """What `Contents.facts` has of it."""
         source = {"format": "deepspeed", "stage": self.stage, "ranks": self.ranks}
+        source |= {"step": self._groups.counts}
         if len(self._models) > 1:
             source["tensor_ranks"] = len(self._models)
         scaler = loss_scaler(self._first.values.get("loss_scaler"))
