@@ -79,8 +79,6 @@ def convert(source: str, destination: Path, **options: Any) -> None:
                          proof=options["proof"])  # fmt: skip
         if options["check"]:
             sys.exit(_check(job))
-        for text in (*left_behind(contents, job.to), *contents.left_out):
-            _say(f"not carried: {text}", error=True)
         try:
             with _progress() as progress:
                 place = run(job, progress)
@@ -88,6 +86,8 @@ def convert(source: str, destination: Path, **options: Any) -> None:
             _say(f"outlast: interrupted; what is done is kept in {job.part}: "
                  "the same command goes on", error=True)  # fmt: skip
             sys.exit(EXIT_INTERRUPTED)
+        for text in (*left_behind(contents, job.to), *contents.left_out):
+            _say(f"not carried: {text}", error=True)
         _say(f"{place}: every element is the source's" if job.proof else f"{place}: not proven")
 
 

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import deepspeed_runs
 import numpy as np
 import pytest
 from held import Held, conversion, digests, held, into, silent
@@ -315,3 +316,30 @@ def test_memory_is_bounded_whatever_the_size(tmp_path: Path, name: str) -> None:
                           check=True, stdout=subprocess.PIPE, timeout=300,
                           env=os.environ | {"PYTHONPATH": path})  # fmt: skip
     assert int(done.stdout) < 2 * 64e6, "two workers, of 805 MB"
+
+
+# ---- checkpoints of others
+
+
+SHORT = ["z1_bf16_optimizer", "z2_round_robin", "z3_sub_groups"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(name, marks=() if name in SHORT else pytest.mark.long)
+        for name in deepspeed_runs.CASES
+    ],
+)
+def test_a_real_run_goes_through_every_format(
+    deepspeed_saves: Path, tmp_path: Path, case: str
+) -> None:
+    first = open_checkpoint(deepspeed_saves / case)
+    assert list(proof.problems(first, 2, lambda size: None)) == []
+    truth, contents = digests(first.source), first.source.contents
+    at = first
+    for number, to in enumerate(("universal", "dcp", "native", "megatron", "deepspeed")):
+        at = into(at, to, tmp_path / str(number))
+        assert digests(at.source) == truth
+        assert_same(at.source.contents, contents)
+    assert list(proof.problems(at, 2, lambda size: None)) == []
