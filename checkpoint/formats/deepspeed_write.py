@@ -7,14 +7,14 @@ out on purpose is `param_alignment_paddings`: without it, DeepSpeed makes its ow
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from outlast.checkpoint.contents import BUFFER, FROZEN, PARAM, Array, Contents
+from outlast.checkpoint.contents import BUFFER, FROZEN, PARAM, Array, Contents, Group
 from outlast.checkpoint.dtypes import Values, cast, dtype_of
 from outlast.checkpoint.formats.deepspeed_layout import (
     Flat,
@@ -24,7 +24,8 @@ from outlast.checkpoint.formats.deepspeed_layout import (
     split,
     sub_groups,
 )  # fmt: skip
-from outlast.checkpoint.formats.pickles import Opaque, Size, TensorRef
+from outlast.checkpoint.formats.pickles import Opaque, Size, Symbol, TensorRef
+from outlast.checkpoint.formats.plain import from_json
 from outlast.checkpoint.formats.torch_zip import Fill, write
 from outlast.checkpoint.items import Item, Wanted
 from outlast.checkpoint.source import Source, Tick
@@ -68,7 +69,7 @@ def plan(source: Source, directory: Path, wanted: Wanted) -> list[Item]:
             files[f"{name}_model_states.pt"] = lambda t, rank=rank: model.partition(t, rank)
     if wanted.stage < 3:
         files["mp_rank_00_model_states.pt"] = model.whole
-    return [item(source, directory / name, make) for name, make in files.items()]
+    return [item(source, directory, name, build) for name, build in files.items()]
 
 
 class Tensors:
@@ -85,14 +86,16 @@ class Tensors:
         self.size += ref.numel * dtype_of(dtype).itemsize
         return ref
 
-    def array(self, array: Array, dtype: str | None = None) -> TensorRef:
-        """A whole array, as `dtype` if it is given."""
+    def array(
+        self, array: Array, dtype: str | None = None, shape: tuple[int, ...] | None = None
+    ) -> TensorRef:
+        """A whole array, as `dtype` if it is given; of less rows with a `shape` that has less."""
         dtype = dtype or array.dtype
 
         def fill(start: int, stop: int) -> Values:
             return cast(self._source.read(array, start, stop), dtype)
 
-        return self._new(dtype, array.shape, fill)
+        return self._new(dtype, array.shape if shape is None else shape, fill)
 
     def shard(self, role: str, cut: Cut, rank: int, length: int, dtype: str = MASTER) -> TensorRef:
         """`length` elements of a rank's shard; zeros where it is padding."""
@@ -101,11 +104,12 @@ class Tensors:
         def fill(start: int, stop: int) -> Values:
             out = np.zeros(stop - start, dtype_of(dtype))
             for share in shares:
+                array = arrays.get(f"{role}/{share.name}")  # none before its first gradient
                 low = max(start - share.offset, 0) + share.start
                 high = min(stop - share.offset, share.stop - share.start) + share.start
-                if low < high:
+                if array and low < high:
                     at = share.offset + low - share.start - start
-                    values = self._source.read(arrays[f"{role}/{share.name}"], low, high)
+                    values = self._source.read(array, low, high)
                     out[at : at + high - low] = cast(values, dtype)
             return out
 
@@ -121,17 +125,17 @@ class Tensors:
         return TensorRef.of(dtype, (0,), f"no {dtype}")
 
 
-def item(source: Source, path: Path, build: Callable[[Tensors], Any]) -> Item:
-    """The item of a file of what `build` returns."""
+def item(source: Source, directory: Path, name: str, build: Callable[[Tensors], Any]) -> Item:
+    """The item of the file `name` below a directory, which has what `build` returns."""
     counted = Tensors(source)
     build(counted)
 
     def make(tick: Tick) -> None:
         tensors = Tensors(source)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, build(tensors), tensors.fills, tick)
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        write(directory / name, build(tensors), tensors.fills, tick)
 
-    return Item(path.name, counted.size, make)
+    return Item(name, counted.size, make)
 
 
 class Model:
@@ -143,6 +147,7 @@ class Model:
 
     def __init__(self, source: Source, stage: int, ranks: int) -> None:
         self.contents = contents = source.contents
+        self.facts: dict[str, Any] = from_json(contents.facts)
         self.stage, self.ranks = stage, ranks
         if not contents.groups:
             raise Misuse(
@@ -178,11 +183,16 @@ class Model:
 
     def _config(self) -> dict[str, Any]:
         """The configuration of the engine that is to load it, as far as it is known."""
-        config = dict(self.contents.facts.get("ds_config") or {})
+        config = dict(self.facts.get("ds_config") or {})
         if not config and self.contents.dtype in ("bfloat16", "float16"):
             config[{"bfloat16": "bf16", "float16": "fp16"}[self.contents.dtype]] = {"enabled": True}
         zero = config.get("zero_optimization")
         return config | {"zero_optimization": {**(zero or {}), "stage": self.stage}}
+
+    @property
+    def clip(self) -> float:
+        """Norm that gradients are clipped to, 0 for none."""
+        return float(self._config().get("gradient_clipping") or 0.0)
 
     def _is_bf16_optimizer(self) -> bool:
         """Whether DeepSpeed uses its class BF16_Optimizer, which has no round robin."""
@@ -200,11 +210,12 @@ class Model:
 
     def common(self) -> State:
         """What every rank's optimizer says alike."""
-        scaler = self.contents.facts.get("loss_scaler") or {"cur_scale": 1.0, "dynamic": False}
-        dynamic = bool(scaler.get("dynamic"))
+        scaler = dict(self.facts.get("loss_scaler") or {"cur_scale": 1.0, "dynamic": False})
+        dynamic = scaler.pop("class", "") == "DynamicLossScaler"
         kind = "DynamicLossScaler" if dynamic else "LossScaler"
+        scaler |= {"dtype": Symbol("torch.float16")} if dynamic else {}
         return {
-            "loss_scaler": Opaque(f"{_SCALERS}.{kind}", (), dict(scaler)),
+            "loss_scaler": Opaque(f"{_SCALERS}.{kind}", (), scaler),
             "dynamic_loss_scale": dynamic,
             "overflow": False,
             "zero_stage": Opaque("deepspeed.runtime.zero.config.ZeroStageEnum", (self.stage,)),
@@ -217,10 +228,10 @@ class Model:
         for (group, _), members in zip(self.groups, self.members, strict=True):
             for index in members:
                 cut = self.cuts[index]
-                state[index] = self.scalars(tensors, group.scalars) | {
+                state[index] = self.scalars(tensors, group) | {
                     role: tensors.shard(role, cut, rank, cut.length)
                     for role in self.contents.optimizer_roles
-                    if f"{role}/{self.order[index][0]}" in self.contents.by_key
+                    if any(f"{role}/{name}" in self.contents.by_key for name in self.order[index])
                 }
         return {
             "state": {i: each for i, each in state.items() if each},
@@ -230,22 +241,25 @@ class Model:
     def hyper(self) -> list[State]:
         """The parameter groups of the optimizer of torch."""
         return [
-            {key: tuple(v) if isinstance(v, list) else v for key, v in group.hyper.items()}
+            {
+                key: tuple(v) if isinstance(v, list) else v
+                for key, v in from_json(group.hyper).items()
+            }
             | {"params": members}
             for (group, _), members in zip(self.groups, self.members, strict=True)
         ]
 
-    def scalars(self, tensors: Tensors, scalars: Mapping[str, float]) -> State:
+    def scalars(self, tensors: Tensors, group: Group) -> State:
         """What the optimizer counts: torch's own in tensors, DeepSpeed's as integers."""
-        if self.contents.facts.get("source", {}).get("step") == "int":
-            return {key: int(value) for key, value in scalars.items()}
-        return {key: tensors.number(value) for key, value in scalars.items()}
+        if "bias_correction" in group.hyper:  # FusedAdam, DeepSpeedCPUAdam
+            return {key: int(value) for key, value in group.scalars.items()}
+        return {key: tensors.number(value) for key, value in group.scalars.items()}
 
     def _zero12(self, tensors: Tensors, rank: int) -> State:
         cuts = self.cuts
         fragment = "deepspeed.utils.tensor_fragment.fragment_address"
         return {
-            "clip_grad": float(self._config().get("gradient_clipping") or 0.0),
+            "clip_grad": self.clip,
             "base_optimizer_state": self.base(tensors, rank),
             "single_partition_of_fp32_groups": [
                 tensors.shard(PARAM, cut, rank, cut.filled(rank)) for cut in cuts
@@ -304,7 +318,7 @@ class Model:
             kept: what a rank has of the parameters that are not trained; None with ZeRO 1, which
                 has them in the module alone.
         """
-        contents, facts = self.contents, self.contents.facts
+        contents, facts = self.contents, self.facts
         shapes = {array.name: Size(array.shape) for array in self.untrained}
         known = ("global_samples", "universal_checkpoint_info")
         return {

@@ -1,0 +1,283 @@
+"""DeepSpeed's universal format: whole tensors, one file for every parameter and role.
+
+    save/latest_universal                                   the name of the directory
+    save/global_step3_universal/mp_rank_00_model_states.pt  what is not cut, as in `deepspeed`
+                                zero/optimizer_state.pt     parameter groups, loss scale
+                                zero/<parameter>/fp32.pt, exp_avg.pt, ..., step.pt
+
+What is written here loads with `{"checkpoint": {"load_universal": true}}` into ZeRO 1, 2 and 3
+alike, where DeepSpeed's own converter writes for one family: bodies are dicts, which all stages
+read, both kinds of model files are there, and `optimizer_state.pt` has what either looks for.
+Sources: ds_to_universal.py, universal_checkpoint.py, base_optimizer.py and stage3.py.
+"""
+
+from contextlib import ExitStack
+from functools import partial
+from glob import escape
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from outlast.checkpoint.contents import BUFFER, FROZEN, PARAM, Array, Contents, Group
+from outlast.checkpoint.formats import deepspeed_write as zero
+from outlast.checkpoint.formats.deepspeed_layout import split
+from outlast.checkpoint.formats.deepspeed_model import Model, Shape, State, loss_scaler
+from outlast.checkpoint.formats.folder import corrupt
+from outlast.checkpoint.formats.patterns import Patterns
+from outlast.checkpoint.formats.pickles import Opaque, TensorRef
+from outlast.checkpoint.formats.pieces import Piece, PieceSource
+from outlast.checkpoint.formats.plain import plain
+from outlast.checkpoint.formats.torch_zip import ZipFolder, read, values
+from outlast.checkpoint.items import Item, Wanted
+from outlast.checkpoint.source import Source
+from outlast.cluster.errors import Misuse
+from outlast.layout.run import Run
+
+LATEST = "latest_universal"
+_OPTIMIZER = "zero/optimizer_state.pt"
+_WHOLE, _PARTS = "mp_rank_*_model_states.pt", "zero_pp_rank_*_mp_rank_*_model_states.pt"
+_SUB_PARAMETERS = "deepspeed.checkpoint.universal_checkpoint.SubparamShape"
+
+
+def find(path: Path) -> Path | None:
+    """The checkpoint at `path`, or the one that `latest_universal` there names."""
+    if (path / _OPTIMIZER).is_file():
+        return path
+    if not (path / LATEST).is_file():
+        return None
+    with (path / LATEST).open("rb") as file:
+        named = path / file.read(256).decode("utf-8", "replace").strip()
+    return named if named.parent == path and (named / _OPTIMIZER).is_file() else None
+
+
+def open(path: Path, follow: bool = False) -> Source:
+    """Open one, written for any stage, by DeepSpeed or here.
+
+    Raises:
+        Corrupt: files are damaged, missing, or contradict each other.
+        Misuse: it has experts.
+    """
+    with ExitStack() as opened:
+        folder = ZipFolder(path, follow)
+        opened.callback(folder.close)
+        source = _Reader(folder).source()
+        opened.pop_all()
+    return source
+
+
+class _Reader:
+    """Puts the files of one checkpoint together."""
+
+    def __init__(self, folder: ZipFolder) -> None:
+        self.folder, self.left_out = folder, list[str]()
+        names = folder.names(_WHOLE) or folder.names(_PARTS)
+        if not names:
+            raise corrupt(folder.path, 0, "no file of model states")
+        names.sort(key=lambda name: (len(name), name))  # ranks are not padded with zeros
+        self.models = [Model.read(folder, name) for name in names]
+        self.model = self.models[0]
+        self.partitioned = names[0].startswith("zero_pp_rank_")
+        place = folder.path / _OPTIMIZER
+        self.optimizer = State(place, read(folder, _OPTIMIZER), _OPTIMIZER)
+        self.arrays: dict[str, Array] = {}
+        self.pieces: dict[str, list[Piece]] = {}
+
+    def source(self) -> PieceSource:
+        """Read what there is."""
+        state, model = self.model.state, self.model
+        steps = {m.state.get("global_steps", int) for m in self.models}
+        if len(steps) > 1:
+            raise state.wrong(f"the model files beside it are of the steps {sorted(steps)}")
+        groups = [self._group(index, plain) for index, plain in enumerate(self._declared())]
+        self._untrained()
+        facts = model.facts(self.left_out.append) | {"source": {"format": "universal"}}
+        if scaler := loss_scaler(self.optimizer.values.get("loss_scaler")):
+            facts["loss_scaler"] = scaler
+        roles = list(dict.fromkeys(array.role for array in self.arrays.values()))
+        place = {name: index for index, name in enumerate(model.module)}
+        arrays = sorted(
+            self.arrays.values(), key=lambda a: (roles.index(a.role), place.get(a.name, len(place)))
+        )
+        dtypes = [
+            ref.dtype for name, ref in model.module.items() if f"{PARAM}/{name}" in self.arrays
+        ]
+        contents = Contents(
+            step=steps.pop(), arrays=tuple(arrays), groups=tuple(groups),
+            dtype=dtypes[0] if dtypes else "float32", aliases=model.aliases, facts=facts,
+            left_out=tuple(self.left_out),
+        )  # fmt: skip
+        return PieceSource(self.folder, contents, self.pieces)
+
+    def _declared(self) -> list[State]:
+        """The parameter groups of the optimizer."""
+        state = self.optimizer
+        return [State(state.where, g) for g in state.get("param_groups", list)]
+
+    def _group(self, index: int, declared: State) -> Group:
+        """A parameter group, with the arrays of all its parameters."""
+        shapes: dict[str, Shape] = {}
+        for model in self.models:  # slices of tensor ranks, or the same for every rank of ZeRO 3
+            for place in declared.get("params", list):
+                if not isinstance(place, int) or not 0 <= place < len(model.trained):
+                    raise declared.wrong(f"parameter group {index} has a group {place!r}")
+                shapes = {**model.trained[place], **shapes}
+        scalars = [self._parameter(name, shape) for name, shape in shapes.items()]
+        hyper = plain(declared.values, f"param_groups[{index}]", self.left_out.append)
+        hyper.pop("params", None)
+        if any(each != scalars[0] for each in scalars):
+            raise declared.wrong(f"the parameters of group {index} have counted different steps")
+        return Group(tuple(shapes), hyper, scalars[0] if scalars else {})
+
+    def _parameter(self, name: str, shape: Shape) -> dict[str, float]:
+        """Find a parameter's arrays; what the optimizer has counted for it."""
+        folder, base = self.folder, f"zero/{name}"
+        self.folder.place(base)  # before it is a pattern of files
+        found = [file[len(base) + 1 : -3] for file in folder.names(f"{escape(base)}/*.pt")]
+        for role in ["fp32", *sorted({*found} - {"fp32", "step"})]:
+            file = f"{base}/{role}.pt"
+            body = read(folder, file)
+            told = body if isinstance(body, dict) else {}
+            ref = told.get("param", body)
+            if not isinstance(ref, TensorRef):
+                raise corrupt(folder.path / file, 0, "no tensor")
+            if told.get("is_expert_param"):
+                raise Misuse(f"{folder.path / file} is of an expert: not read yet")
+            self._add(Array(PARAM if role == "fp32" else role, name,
+                            self._shape(name, ref, shape), ref.dtype), ref)  # fmt: skip
+        if "step" not in found:
+            return self._counted()
+        return {"step": self._number(read(folder, f"{base}/step.pt"), f"{base}/step.pt")}
+
+    def _shape(self, name: str, ref: TensorRef, shape: Shape) -> Shape:
+        """That of the model, which ZeRO 3 flattens, if it is not a tensor rank's slice."""
+        if ref.numel == prod(shape):
+            return shape
+        if len(self.models) == 1 or self.partitioned:
+            note = f"{name}: the padding of its vocabulary, {shape} to {ref.shape}, is not there"
+            if note not in self.left_out:
+                self.left_out.append(note)
+        return ref.shape
+
+    def _counted(self) -> dict[str, float]:
+        """The step that ZeRO 3 keeps beside the groups."""
+        inner = self.optimizer.get("optimizer_state_dict", dict, default={})
+        states = State(self.optimizer.where, inner).get("state", dict, default={})
+        first = next(iter(states.values()), None)
+        step = first.get("step") if isinstance(first, dict) else None
+        return {} if step is None else {"step": self._number(step, _OPTIMIZER)}
+
+    def _number(self, value: Any, file: str) -> float:
+        if isinstance(value, TensorRef) and value.numel == 1:
+            value = values(self.folder, value)[0].item()
+        if not isinstance(value, int | float):
+            raise corrupt(self.folder.path / file, 0, "the step is no number")
+        return float(value)
+
+    def _untrained(self) -> None:
+        """What is frozen, of which every rank of ZeRO 3 has a part, and buffers."""
+        frozen = self.model.frozen
+        if frozen and not self.partitioned and len(self.models) > 1:
+            self.left_out.append(
+                f"{len(frozen)} frozen parameters, slices of {len(self.models)} tensor ranks: "
+                "convert the checkpoint that this was made from"
+            )
+            frozen = {}
+        for name, shape in frozen.items():
+            whole = split({name: prod(shape)}, len(self.models) if self.partitioned else 1)
+            for rank, model in enumerate(self.models if self.partitioned else [self.model]):
+                kept = model.state.tensors("frozen_param_fragments") or model.module
+                if name not in kept:
+                    raise model.state.wrong(f"the frozen {name} is not there")
+                for share in whole.shares(rank):
+                    piece = kept[name].piece(Run.of(share.start, share.stop), share.offset)
+                    self.pieces.setdefault(f"{FROZEN}/{name}", []).append(piece)
+                array = Array(FROZEN, name, shape, kept[name].dtype)
+                self.arrays[array.key] = array
+        for name in self.model.buffers:
+            ref = self.model.module[name]
+            self._add(Array(BUFFER, name, ref.shape, ref.dtype), ref)
+
+    def _add(self, array: Array, ref: TensorRef) -> None:
+        self.arrays[array.key] = array
+        whole = [ref.piece(Run.of(0, array.numel))] if array.numel else []
+        self.pieces[array.key] = whole
+
+
+# ---- writing
+
+
+def name_of(contents: Contents) -> str:
+    """The directory that `latest_universal` names."""
+    return f"{zero.name_of(contents)}_universal"
+
+
+def stored(array: Array, contents: Contents, wanted: Wanted) -> Array:
+    """What the files hold of an array: of a vocabulary not its padding."""
+    kept = zero.stored(array, contents, wanted)
+    if array.role in (FROZEN, BUFFER):
+        return kept
+    shape = _patterns(contents).stripped(array.name, array.shape)
+    return Array(kept.role, kept.name, shape, kept.dtype)
+
+
+def plan(source: Source, directory: Path, wanted: Wanted) -> list[Item]:
+    """Items for every file of every parameter, and for what they have in common.
+
+    Raises:
+        Misuse: there are no parameter groups, or the name of a parameter is none for a directory.
+    """
+    contents, model = source.contents, zero.Model(source, 2, 1)
+    patterns = _patterns(contents)
+    files = {
+        "mp_rank_00_model_states.pt": model.whole,
+        "zero_pp_rank_0_mp_rank_00_model_states.pt": partial(_partition, model),
+        _OPTIMIZER: partial(_common, model),
+    }
+    group_of = {name: group for group, names in model.groups for name in names}
+    for array in contents.arrays:
+        if array.role in (FROZEN, BUFFER) or array.name not in group_of:
+            continue
+        if array.name in (".", "..") or not array.name.isprintable() or "/" in array.name:
+            raise Misuse(f"a parameter {array.name!r} cannot be a directory of this format")
+        role = "fp32" if array.role == PARAM else array.role
+        shape = stored(array, contents, wanted).shape
+        tags = {key: _tag(key, tag) for key, tag in patterns.tags(array.name, array.shape).items()}
+        files[f"zero/{array.name}/{role}.pt"] = partial(_body, array, shape, tags)
+    for name, group in group_of.items():
+        if "step" in group.scalars:
+            files[f"zero/{name}/step.pt"] = partial(_step, model, group)
+    return [zero.item(source, directory, name, build) for name, build in files.items()]
+
+
+def _patterns(contents: Contents) -> Patterns:
+    return Patterns(contents.facts.get("universal_checkpoint_info") or {})
+
+
+def _tag(key: str, tag: Any) -> Any:
+    return Opaque(_SUB_PARAMETERS, (), tag) if key == "sub_param_shape" else tag
+
+
+def _body(array: Array, shape: Shape, tags: dict[str, Any], tensors: zero.Tensors) -> zero.State:
+    return {"param": tensors.array(array, zero.MASTER, shape)} | tags
+
+
+def _step(model: zero.Model, group: Group, tensors: zero.Tensors) -> Any:
+    return model.scalars(tensors, group)["step"]
+
+
+def _partition(model: zero.Model, tensors: zero.Tensors) -> zero.State:
+    return model.partition(tensors, 0)
+
+
+def _common(model: zero.Model, tensors: zero.Tensors) -> zero.State:
+    """`optimizer_state.pt`: ZeRO 3 looks for the step in the state of its first sub-group."""
+    groups = model.hyper()
+    first = {i: model.scalars(tensors, group) for i, (group, _) in enumerate(model.groups)}
+    return {
+        **model.common(),
+        "clip_grad": model.clip,
+        "group_paddings": [0] * len(groups),
+        "partition_count": [1] * len(groups),
+        "param_groups": groups,
+        "optimizer_state_dict": {"state": first, "param_groups": groups},
+    }

@@ -1,0 +1,219 @@
+"""What is written for DeepSpeed, native and universal: DeepSpeed itself loads it and trains on."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import deepspeed_runs as runs
+import numpy as np
+import pytest
+from held import held
+
+from outlast.checkpoint.contents import UNTRAINED, Array
+from outlast.checkpoint.formats import deepspeed, deepspeed_write, universal
+from outlast.checkpoint.items import Wanted
+from outlast.checkpoint.source import Source, digest
+from outlast.cluster.errors import Misuse
+
+
+def written(source: Source, into: Path, form: ModuleType, **wanted: Any) -> Path:
+    """All items made, in the order that a user of one thread sees; the checkpoint."""
+    place = into / form.name_of(source.contents)
+    place.mkdir(parents=True)
+    items = form.plan(source, place, Wanted(**wanted))
+    assert len({item.name for item in items}) == len(items)
+    for item in items:
+        told: list[int] = []
+        item.make(told.append)
+        assert sum(told) == item.size
+    (into / form.LATEST).write_text(place.name)
+    return place
+
+
+def digests(source: Source) -> dict[str, str]:
+    return {array.key: digest(source, array) for array in source.contents.arrays}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """A checkpoint of DeepSpeed, converted, and the engine that loads it.
+
+    Args:
+        zero: its configuration, where it is another than that of the run.
+    """
+
+    start: str
+    stage: int
+    world: int
+    universal: bool = False
+    zero: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def case(self) -> runs.Case:
+        case = runs.CASES[self.start]
+        zero = {**case.zero, **self.zero}
+        return replace(case, name=str(self), stage=self.stage, world=self.world, zero=zero)
+
+    def __str__(self) -> str:
+        form = "universal" if self.universal else "native"
+        return f"{self.start}-{form}-z{self.stage}-w{self.world}"
+
+
+LOADS = [
+    Load(start="z1", stage=1, world=2),
+    Load(start="z1", stage=3, world=2),
+    Load(start="z3", stage=2, world=2),
+    Load(start="z3_sub_groups", stage=3, world=2, zero={"sub_group_size": 900}),
+    Load(start="z1_aligned", stage=1, world=2),
+    Load(start="z1_bf16_optimizer", stage=1, world=2),
+    Load(start="z1_bf16", stage=3, world=3),
+    Load(start="z2_round_robin", stage=2, world=3),
+    Load(start="z3_bf16_w3", stage=1, world=2),
+    Load(start="z1_sgd", stage=1, world=3),
+    Load(start="z1", stage=1, world=2, universal=True),
+    Load(start="z1", stage=3, world=2, universal=True),
+    Load(start="z3_bf16_w3", stage=3, world=2, universal=True),
+    Load(start="z3", stage=2, world=3, universal=True),
+]
+
+
+@pytest.fixture(scope="session")
+def loaded(deepspeed_saves: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Load, Path]:
+    """What every engine of `LOADS` had and did."""
+    directory, jobs = tmp_path_factory.mktemp("loaded"), []
+    # ZeRO 3 replaces torch's linear function for the rest of the process, which rounds otherwise.
+    for load in sorted(LOADS, key=lambda load: load.stage):
+        source = deepspeed.open(deepspeed.find(deepspeed_saves / load.start))
+        source.contents.facts["ds_config"]["zero_optimization"].update(load.zero)
+        into, form = directory / "of" / str(load), universal if load.universal else deepspeed_write
+        written(source, into, form, ranks=load.world, stage=load.stage)
+        jobs.append(runs.resume(load.case, into, directory / str(load), load.universal))
+    runs.run(jobs)
+    return {load: directory / str(load) for load in LOADS}
+
+
+Load.__hash__ = lambda self: hash(str(self))  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("load", LOADS, ids=str)
+def test_deepspeed_loads_every_bit_and_trains_on(
+    loaded: dict[Load, Path], deepspeed_saves: Path, load: Load
+) -> None:
+    here, there = loaded[load], deepspeed_saves / load.start
+    facts, expected = runs.facts(here), runs.facts(there)
+    assert "error" not in facts
+    arrays, truth = runs.truth(here), runs.truth(there)
+    # DeepSpeed does not load what is not trained from its universal format.
+    roles = UNTRAINED if load.universal else ()
+    assert [
+        k for k in truth if k.split("/")[0] not in roles and not same(arrays[k], truth[k])
+    ] == []
+    assert set(arrays) == set(truth)
+    # ... and in ZeRO 3 it takes the hyper-parameters of the first group for all.
+    first = [expected["groups"][0]] * len(expected["groups"])
+    alike = load.universal and load.stage == 3
+    assert facts["groups"] == (first if alike else expected["groups"])
+    assert set(facts["step"]) == set(expected["step"])
+    assert {k: facts[k] for k in ("global_steps", "lr_scheduler")} == {
+        k: expected[k] for k in ("global_steps", "lr_scheduler")
+    }
+    assert facts["client_state"] == runs.CLIENT
+    if load.case.world == runs.CASES[load.start].world and not load.universal:
+        assert facts["losses"] == expected["losses"]
+        after, before = runs.truth(here, "after"), runs.truth(there, "after")
+        assert [key for key in before if not same(after[key], before[key])] == []
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("start", [name for name, case in runs.CASES.items() if case.stage])
+def test_round_trips_are_bitwise(deepspeed_saves: Path, tmp_path: Path, start: str) -> None:
+    """To another stage and world, to the universal format, and back."""
+    case = runs.CASES[start]
+    first = deepspeed.open(deepspeed.find(deepspeed_saves / start))
+    expected, told = digests(first), first.contents
+    source: Source = first
+    for step, (form, ranks, stage) in enumerate([
+        (deepspeed_write, 5, 4 - max(case.stage, 1)), (universal, 1, 1), (deepspeed_write, 3, 3),
+        (deepspeed_write, case.world, case.stage),
+    ]):  # fmt: skip
+        place = written(source, tmp_path / str(step), form, ranks=ranks, stage=stage)
+        source.close()
+        reader = universal if form is universal else deepspeed
+        assert reader.find(place.parent) == reader.find(place) == place
+        source = reader.open(place)
+        assert digests(source) == expected
+        found = source.contents
+        assert {a.key: a for a in found.arrays} == told.by_key
+        for name in ("step", "groups", "aliases", "dtype", "left_out"):
+            assert getattr(found, name) == getattr(told, name), name
+        for key in set(told.facts) - {"ds_config", "source"}:
+            assert found.facts[key] == told.facts[key], key
+
+
+@pytest.mark.parametrize("form", [deepspeed_write, universal])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_contents_of_any_source_come_back(
+    tmp_path: Path, form: ModuleType, stage: int, dtype: str
+) -> None:
+    source = held(dtype)
+    place = written(source, tmp_path, form, ranks=3, stage=stage)
+    found = (universal if form is universal else deepspeed).open(place)
+    assert digests(found) == digests(source)
+    for name in ("step", "groups", "aliases", "dtype"):
+        assert getattr(found.contents, name) == getattr(source.contents, name), name
+    for key, value in source.contents.facts.items():
+        assert found.contents.facts[key] == value
+
+
+def test_what_zero_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Misuse, match="parameter groups"):
+        deepspeed_write.plan(held(groups=()), tmp_path, Wanted())
+    with pytest.raises(Misuse, match="stage 0"):
+        deepspeed_write.plan(held(), tmp_path, Wanted(stage=0))
+    with pytest.raises(Misuse, match="--ranks"):
+        deepspeed_write.plan(held(), tmp_path, Wanted(ranks=0))
+    source = held()
+    arrays = [replace(a, name=a.name.replace("wte", "../wte")) for a in source.contents.arrays]
+    groups = [replace(g, names=tuple(n.replace("wte", "../wte") for n in g.names))
+              for g in source.contents.groups]  # fmt: skip
+    with pytest.raises(Misuse, match="directory"):
+        universal.plan(
+            held(arrays=tuple(arrays), groups=tuple(groups), aliases={}), tmp_path, Wanted()
+        )
+
+
+def test_a_vocabulary_is_stripped_and_pieces_are_named(tmp_path: Path) -> None:
+    """What DeepSpeed needs to cut the whole again for tensor-parallel ranks is in the files."""
+    import torch
+
+    info = {
+        "universal_checkpoint_version": 0.4,
+        "vocabulary_parameter_patterns": ["wte"], "original_vocab_size": 29,
+        "parameter_with_row_parallelism_patterns": [r"blocks\.0\.weight"],
+        "parameter_with_sub_params": [
+            {"patterns": [r"blocks\.1\.weight"], "shape": [8, [8, 16]], "partition_dim": 1}
+        ],
+    }  # fmt: skip
+    source = held(facts={"universal_checkpoint_info": info})
+    place = written(source, tmp_path, universal)
+
+    def body(name: str) -> dict[str, Any]:
+        return torch.load(place / "zero" / name / "exp_avg.pt", weights_only=False)
+
+    wte = body("wte.weight")
+    expected = source.values["exp_avg/wte.weight"][:29]
+    assert same(wte.pop("param").numpy(), expected)
+    assert wte == {"cat_dim": 0, "vocab_tensor": True}
+    assert body("blocks.0.weight")["cat_dim"] == 1
+    shape = body("blocks.1.weight")["sub_param_shape"]
+    assert (shape.shape, shape.partition_dim) == ((8, (8, 16)), 1)
+    found = universal.open(place).contents
+    assert found.by_key["param/wte.weight"].shape == (29, 8)
+    assert any("wte.weight" in note and "padding" in note for note in found.left_out)
+    array = Array("param", "wte.weight", (31, 8), "float32")
+    assert universal.stored(array, source.contents, Wanted()).shape == (29, 8)
