@@ -184,11 +184,18 @@ class Zero:
         if unit >= len(masters) or not isinstance(masters[unit], TensorRef):
             raise state.wrong(f"{key} has no tensor {unit}")
         shard = {PARAM: masters[unit]} | self._groups.tensors(self._base(state), unit)
+        paddings = state.get("group_paddings", list, default=None) or []
+        padding = paddings[unit] if unit < len(paddings) else 0
+        if not isinstance(padding, int):
+            raise state.wrong(f"group_paddings {paddings}")
         for role, ref in shard.items():
             # Only the master is saved without the padding, and that not by BF16_Optimizer.
-            fits = {cut.length} | ({cut.filled(rank)} if role == PARAM else set())
-            if ref.numel not in fits or len(ref.shape) != 1:
-                raise state.wrong(f"{role} {ref.shape} of group {unit} is not of length {fits}")
+            fits = {cut.length, cut.length - padding if role == PARAM else cut.length}
+            if ref.numel not in fits or ref.numel < cut.filled(rank) or len(ref.shape) != 1:
+                raise state.wrong(
+                    f"{role} of group {unit} is {ref.shape}, not of length {cut.length} with "
+                    f"{padding} of padding"
+                )
         return shard
 
 
