@@ -8,6 +8,7 @@ out on purpose is `param_alignment_paddings`: without it, DeepSpeed makes its ow
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,9 @@ def plan(source: Source, directory: Path, wanted: Wanted) -> list[Item]:
     files: dict[str, Callable[[Tensors], State]] = {}
     for rank in range(wanted.ranks):
         name = f"zero_pp_rank_{rank}_mp_rank_00"
-        files[f"{bf16}{name}_optim_states.pt"] = lambda t, rank=rank: model.optimizer(t, rank)
+        files[f"{bf16}{name}_optim_states.pt"] = partial(model.optimizer, rank=rank)
         if wanted.stage == 3:
-            files[f"{name}_model_states.pt"] = lambda t, rank=rank: model.partition(t, rank)
+            files[f"{name}_model_states.pt"] = partial(model.partition, rank=rank)
     if wanted.stage < 3:
         files["mp_rank_00_model_states.pt"] = model.whole
     return [item(source, directory, name, build) for name, build in files.items()]

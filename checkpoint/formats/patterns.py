@@ -15,6 +15,7 @@ Source: merge_tp_slices of deepspeed/checkpoint/ds_to_universal.py, which the te
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -95,17 +96,14 @@ class Patterns:
         Raises:
             Corrupt: they cannot.
         """
-        kind, rule = self._kind(name)
-        try:
+        with _fitting(f"{name} of slices {list(shapes)}"):
+            kind, rule = self._kind(name)
             shape, copies = self._copies(kind, rule, shapes)
             rows = self._vocabulary(name)
             if rows is not None and rows < shape[0]:
                 shape = (rows, *shape[1:])
                 copies = tuple(tuple(_below(parts, prod(shape))) for parts in copies)
-        except (TypeError, ValueError, KeyError, IndexError) as cause:
-            slices = f"{name} of slices {list(shapes)}"
-            raise Corrupt(f"{slices} does not fit its pattern: {cause}") from cause
-        return Merge(shape, copies, kind == AVERAGED, self.tags(name, shape))
+            return Merge(shape, copies, kind == AVERAGED, self.tags(name, shape))
 
     def tags(self, name: str, shape: Shape) -> dict[str, Any]:
         """What a universal file says of a whole parameter of `shape`."""
@@ -114,10 +112,11 @@ class Patterns:
         if kind == HALVES:
             tags = {"cat_dim": 0, "param_n_sub_params": 2}
         elif kind == SUBS:
-            axis, spec = _axis(sub := rule[1])
-            sizes = _sizes(spec, shape[axis])
-            entry = [sizes if i == axis else d for i, d in enumerate(sub["shape"])]
-            tags = {"sub_param_shape": sub | {"shape": tuple(entry)}}
+            with _fitting(f"{name} {shape}"):
+                axis, spec = _axis(sub := rule[1])
+                sizes = _sizes(spec, shape[axis])
+                entry = [sizes if i == axis else d for i, d in enumerate(sub["shape"])]
+                tags = {"sub_param_shape": sub | {"shape": tuple(entry)}}
         elif kind in (ROWS, ""):
             tags = {"cat_dim": int(kind == ROWS)}
         return tags | ({} if self._vocabulary(name) is None else {"vocab_tensor": True})
@@ -175,7 +174,8 @@ class Patterns:
             whole = [_box(rank, shapes[0]) for rank in ranks]
             return shapes[0], tuple(whole)
         if kind == SUBS:
-            return self._subparameters(*rule, shapes)
+            pattern, sub = rule
+            return self._subparameters(pattern, sub, shapes)
         axis = int(kind == ROWS)
         if len({(*shape[:axis], *shape[axis + 1 :]) for shape in shapes}) != 1:
             raise ValueError(f"slices differ beside dimension {axis}")
@@ -207,6 +207,15 @@ class Patterns:
         if [sum(row) * inner for row in zip(*widths, strict=True)] != [*map(prod, shapes)]:
             raise ValueError(f"widths {widths} are not those of the slices")
         return shape, (_cut(shape, axis, widths),)
+
+
+@contextmanager
+def _fitting(what: str) -> Iterator[None]:
+    """Corrupt for what a pattern says and the shapes do not."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, OverflowError) as cause:
+        raise Corrupt(f"{what} does not fit its pattern: {cause}") from cause
 
 
 def placed(parts: Iterable[Part], rank: int, first: int, last: int) -> Iterator[tuple[int, Run]]:
@@ -297,7 +306,7 @@ def _sizes(spec: Any, length: int) -> tuple[int, ...]:
         return tuple(map(int, spec))
     if not 0 < spec <= _PARTS or length % spec:
         raise ValueError(f"{length} elements are not {spec} even parts")
-    return (length // spec,) * spec
+    return (length // spec,) * int(spec)
 
 
 def _whole(dimensions: Sequence[Any], axis: int, length: int, total: int) -> Shape:
@@ -342,8 +351,11 @@ def _affine(rule: Any, shapes: Sequence[Shape]) -> tuple[Shape, tuple[tuple[Part
 def _strided(rank: int, piece: dict[str, Any]) -> Iterator[Part]:
     """The parts of one block of elements with strides in the whole and in the slice."""
     (source, inward), (start, outward) = piece["source"], piece["dest"]
-    axes = zip(piece["shape"], inward, outward, strict=True)
-    axes = [tuple(map(int, axis)) for axis in axes if axis[0] != 1]
+    axes = [
+        (int(size), int(step), int(skip))
+        for size, step, skip in zip(piece["shape"], inward, outward, strict=True)
+        if size != 1
+    ]
     if not prod(size for size, _, _ in axes):
         return
     length, count, stride = 1, 1, 0

@@ -11,19 +11,21 @@ read, both kinds of model files are there, and `optimizer_state.pt` has what eit
 Sources: ds_to_universal.py, universal_checkpoint.py, base_optimizer.py and stage3.py.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from glob import escape
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from outlast.checkpoint.contents import BUFFER, FROZEN, PARAM, Array, Contents, Group
+from outlast.checkpoint.contents import BUFFER, FROZEN, PARAM, UNTRAINED, Array, Contents, Group
 from outlast.checkpoint.formats import deepspeed_write as zero
 from outlast.checkpoint.formats.deepspeed_layout import split
 from outlast.checkpoint.formats.deepspeed_model import Model, Shape, State, loss_scaler
 from outlast.checkpoint.formats.folder import corrupt
-from outlast.checkpoint.formats.patterns import Patterns
+from outlast.checkpoint.formats.patterns import VOCABULARY, Patterns
 from outlast.checkpoint.formats.pickles import Opaque, TensorRef
 from outlast.checkpoint.formats.pieces import Piece, PieceSource
 from outlast.checkpoint.formats.plain import plain
@@ -214,10 +216,11 @@ def name_of(contents: Contents) -> str:
 def stored(array: Array, contents: Contents, wanted: Wanted) -> Array:
     """What the files hold of an array: of a vocabulary not its padding."""
     kept = zero.stored(array, contents, wanted)
-    if array.role in (FROZEN, BUFFER):
+    info = contents.facts.get("universal_checkpoint_info") or {}
+    if array.role in UNTRAINED or not info.get(VOCABULARY):
         return kept
-    shape = _patterns(contents).stripped(array.name, array.shape)
-    return Array(kept.role, kept.name, shape, kept.dtype)
+    padded = {key: info.get(key) for key in (VOCABULARY, "original_vocab_size")}
+    return replace(kept, shape=Patterns(padded).stripped(array.name, array.shape))
 
 
 def plan(source: Source, directory: Path, wanted: Wanted) -> list[Item]:
@@ -227,34 +230,27 @@ def plan(source: Source, directory: Path, wanted: Wanted) -> list[Item]:
         Misuse: there are no parameter groups, or the name of a parameter is none for a directory.
     """
     contents, model = source.contents, zero.Model(source, 2, 1)
-    patterns = _patterns(contents)
-    files = {
+    patterns = Patterns(contents.facts.get("universal_checkpoint_info") or {})
+    files: dict[str, Callable[[zero.Tensors], Any]] = {
         "mp_rank_00_model_states.pt": model.whole,
-        "zero_pp_rank_0_mp_rank_00_model_states.pt": partial(_partition, model),
+        "zero_pp_rank_0_mp_rank_00_model_states.pt": partial(model.partition, rank=0),
         _OPTIMIZER: partial(_common, model),
     }
-    group_of = {name: group for group, names in model.groups for name in names}
-    for array in contents.arrays:
-        if array.role in (FROZEN, BUFFER) or array.name not in group_of:
-            continue
-        if array.name in (".", "..") or not array.name.isprintable() or "/" in array.name:
-            raise Misuse(f"a parameter {array.name!r} cannot be a directory of this format")
-        role = "fp32" if array.role == PARAM else array.role
-        shape = stored(array, contents, wanted).shape
-        tags = {key: _tag(key, tag) for key, tag in patterns.tags(array.name, array.shape).items()}
-        files[f"zero/{array.name}/{role}.pt"] = partial(_body, array, shape, tags)
-    for name, group in group_of.items():
-        if "step" in group.scalars:
-            files[f"zero/{name}/step.pt"] = partial(_step, model, group)
+    for group, names in model.groups:
+        for name in names:
+            if name in (".", "..") or not name.isprintable() or "/" in name:
+                raise Misuse(f"a parameter {name!r} cannot be a directory of this format")
+            tags = patterns.tags(name, model.shapes[name])
+            if "sub_param_shape" in tags:
+                tags["sub_param_shape"] = Opaque(_SUB_PARAMETERS, (), tags["sub_param_shape"])
+            for role in (PARAM, *contents.optimizer_roles):
+                if array := contents.by_key.get(f"{role}/{name}"):
+                    shape = stored(array, contents, wanted).shape
+                    file = f"zero/{name}/{'fp32' if role == PARAM else role}.pt"
+                    files[file] = partial(_body, array, shape, tags)
+            if "step" in group.scalars:
+                files[f"zero/{name}/step.pt"] = partial(_step, model, group)
     return [zero.item(source, directory, name, build) for name, build in files.items()]
-
-
-def _patterns(contents: Contents) -> Patterns:
-    return Patterns(contents.facts.get("universal_checkpoint_info") or {})
-
-
-def _tag(key: str, tag: Any) -> Any:
-    return Opaque(_SUB_PARAMETERS, (), tag) if key == "sub_param_shape" else tag
 
 
 def _body(array: Array, shape: Shape, tags: dict[str, Any], tensors: zero.Tensors) -> zero.State:
@@ -263,10 +259,6 @@ def _body(array: Array, shape: Shape, tags: dict[str, Any], tensors: zero.Tensor
 
 def _step(model: zero.Model, group: Group, tensors: zero.Tensors) -> Any:
     return model.scalars(tensors, group)["step"]
-
-
-def _partition(model: zero.Model, tensors: zero.Tensors) -> zero.State:
-    return model.partition(tensors, 0)
 
 
 def _common(model: zero.Model, tensors: zero.Tensors) -> zero.State:
