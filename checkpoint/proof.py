@@ -150,10 +150,11 @@ def disagreements(opened: Opened) -> Iterator[str]:
         yield str(error)
 
 
-def obstacles(opened: Opened, target: Format, wanted: Wanted) -> Iterator[str]:
-    """Why it cannot be written in the format `target`, if so."""
+def planned(opened: Opened, target: Format, wanted: Wanted) -> tuple[int, list[str]]:
+    """Bytes that would be written in the format `target`, or why nothing can be."""
     with TemporaryDirectory() as nowhere:
         try:
-            target.writer.plan(opened.source, Path(nowhere), wanted)
+            items = target.writer.plan(opened.source, Path(nowhere), wanted)
         except (Misuse, Corrupt) as error:
-            yield str(error)
+            return 0, [str(error)]
+    return sum(item.size for item in items), []

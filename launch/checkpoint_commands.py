@@ -103,12 +103,12 @@ def verify(checkpoint: str, **options: Any) -> None:
     from outlast.checkpoint.proof import problems
 
     with _opened(checkpoint, options) as opened:
-        contents, count = opened.source.contents, 0
+        contents = opened.source.contents
         with _progress() as progress:
-            for text in problems(opened, options["workers"], _meter(contents, progress)):
-                _say(text)
-                count += 1
-    if count:
+            found = list(problems(opened, options["workers"], _meter(contents, progress)))
+    for text in found:
+        _say(text)
+    if found:
         sys.exit(EXIT_WRONG)
     _say(f"{opened.path}: step {contents.step}, {len(contents.arrays)} arrays, all right")
 
@@ -214,9 +214,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
     table = Table(*columns, box=SIMPLE_HEAD)
     for row in rows:
-        table.add_row(
-            *(f"{cell:,}" if isinstance(cell, int) else _plain(str(cell)) for cell in row)
-        )
+        table.add_row(*(f"{c:,}" if isinstance(c, int) else _plain(str(c)) for c in row))
     width = None if sys.stdout.isatty() else _COLUMNS
     Console(width=width, highlight=False, markup=False).print(table)
 
@@ -289,13 +287,15 @@ def _check(job: "Conversion") -> int:
         _say(f"group {index}: {len(group.names)} tensors, {_short(group.hyper)}")
     for alias, name in contents.aliases.items():
         _say(f"tied: {alias} is {name}, stored once")
-    for text in proof.left_behind(contents, job.to):
+    for text in (behind := list(proof.left_behind(contents, job.to))):
         _say(f"as the format is: {text}")
-    wrong = [f"left out: {text}" for text in contents.left_out]
-    wrong += proof.incomplete(contents)
-    wrong += proof.obstacles(job.source, job.to, job.wanted)
-    wrong += proof.disagreements(job.source)
+    size, wrong = proof.planned(job.source, job.to, job.wanted)
+    if (more := size - sum(map(_size, kept.values()))) > 0:
+        _say(f"{size:,} bytes, {more:,} of them headers, padding, second copies")
+    wrong += [f"left out: {text}" for text in contents.left_out]
+    wrong += [*proof.incomplete(contents), *proof.disagreements(job.source)]
     for text in wrong:
         _say(f"WRONG: {text}")
-    _say("Nothing was written." if wrong else "Nothing would be lost. Nothing was written.")
+    lost = "else would be lost" if behind else "would be lost"
+    _say("Nothing was written." if wrong else f"Nothing {lost}. Nothing was written.")
     return EXIT_WRONG if wrong else 0
