@@ -372,7 +372,7 @@ def _parameter(tensor: Any, *_: Any) -> TensorRef:
     return tensor
 
 
-def _encode(text: str, encoding: str) -> bytes:
+def _encode(text: str = "", encoding: str = "latin-1") -> bytes:
     if encoding not in ("latin1", "latin-1"):
         raise _Refused("bytes in an encoding that is not latin-1")
     return text.encode("latin-1")
@@ -406,6 +406,8 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch._tensor._rebuild_from_type_v2": _typed,
     "_codecs.encode": _encode,
+    "builtins.bytes": _encode,
+    "builtins.bytearray": _encode,
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
     **{f"torch.{name}": _refuse for name in STORAGES},
