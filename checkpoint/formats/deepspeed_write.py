@@ -252,7 +252,8 @@ class Model:
 
     def scalars(self, tensors: Tensors, group: Group) -> State:
         """What the optimizer counts: torch's own in tensors, DeepSpeed's as integers."""
-        if "bias_correction" in group.hyper:  # FusedAdam, DeepSpeedCPUAdam
+        own = "bias_correction" in group.hyper  # FusedAdam, DeepSpeedCPUAdam
+        if (self.facts.get("source") or {}).get("step", "int" if own else "") == "int":
             return {key: int(value) for key, value in group.scalars.items()}
         return {key: tensors.number(value) for key, value in group.scalars.items()}
 

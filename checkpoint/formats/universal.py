@@ -81,6 +81,7 @@ class _Reader:
         self.partitioned = names[0].startswith("zero_pp_rank_")
         place = folder.path / _OPTIMIZER
         self.optimizer = State(place, read(folder, _OPTIMIZER), _OPTIMIZER)
+        self.counts = "tensor"  # what the step is: DeepSpeed's Adam has integers
         self.arrays: dict[str, Array] = {}
         self.pieces: dict[str, list[Piece]] = {}
 
@@ -92,7 +93,8 @@ class _Reader:
             raise state.wrong(f"the model files beside it are of the steps {sorted(steps)}")
         groups = [self._group(index, plain) for index, plain in enumerate(self._declared())]
         self._untrained()
-        facts = model.facts(self.left_out.append) | {"source": {"format": "universal"}}
+        source = {"format": "universal", "step": self.counts}
+        facts = model.facts(self.left_out.append) | {"source": source}
         if scaler := loss_scaler(self.optimizer.values.get("loss_scaler")):
             facts["loss_scaler"] = scaler
         roles = list(dict.fromkeys(array.role for array in self.arrays.values()))
@@ -122,7 +124,7 @@ class _Reader:
             for place in declared.get("params", list):
                 if not isinstance(place, int) or not 0 <= place < len(model.trained):
                     raise declared.wrong(f"parameter group {index} has a group {place!r}")
-                shapes = {**model.trained[place], **shapes}
+                shapes |= {n: s for n, s in model.trained[place].items() if n not in shapes}
         scalars = [self._parameter(name, shape) for name, shape in shapes.items()]
         hyper = plain(declared.values, f"param_groups[{index}]", self.left_out.append)
         hyper.pop("params", None)
@@ -169,35 +171,48 @@ class _Reader:
         return {} if step is None else {"step": self._number(step, _OPTIMIZER)}
 
     def _number(self, value: Any, file: str) -> float:
-        if isinstance(value, TensorRef) and value.numel == 1:
+        if isinstance(value, int):
+            self.counts = "int"
+        elif isinstance(value, TensorRef) and value.numel == 1:
             value = values(self.folder, value)[0].item()
         if not isinstance(value, int | float):
             raise corrupt(self.folder.path / file, 0, "the step is no number")
         return float(value)
 
     def _untrained(self) -> None:
-        """What is frozen, of which every rank of ZeRO 3 has a part, and buffers."""
-        frozen = self.model.frozen
-        if frozen and not self.partitioned and len(self.models) > 1:
+        """Buffers, and what is frozen, of which every rank of ZeRO 3 has a part."""
+        model, trained = self.model, {array.name for array in self.arrays.values()}
+        rest = [name for name in model.rest if name not in trained]
+        if self.partitioned:
+            for name, shape in model.frozen.items():
+                self._frozen(name, shape)
+            if lost := [name for name in rest if name not in model.frozen]:
+                self.left_out.append(f"the checkpoint has no values of {', '.join(lost)}")
+        elif rest and len(self.models) > 1:
             self.left_out.append(
-                f"{len(frozen)} frozen parameters, slices of {len(self.models)} tensor ranks: "
-                "convert the checkpoint that this was made from"
+                f"{', '.join(rest)}: slices of {len(self.models)} tensor-parallel ranks, which "
+                "are not merged: convert the checkpoint that this one was made from"
             )
-            frozen = {}
-        for name, shape in frozen.items():
-            whole = split({name: prod(shape)}, len(self.models) if self.partitioned else 1)
-            for rank, model in enumerate(self.models if self.partitioned else [self.model]):
-                kept = model.state.tensors("frozen_param_fragments") or model.module
-                if name not in kept:
-                    raise model.state.wrong(f"the frozen {name} is not there")
-                for share in whole.shares(rank):
-                    piece = kept[name].piece(Run.of(share.start, share.stop), share.offset)
-                    self.pieces.setdefault(f"{FROZEN}/{name}", []).append(piece)
-                array = Array(FROZEN, name, shape, kept[name].dtype)
-                self.arrays[array.key] = array
-        for name in self.model.buffers:
-            ref = self.model.module[name]
-            self._add(Array(BUFFER, name, ref.shape, ref.dtype), ref)
+        else:
+            for name in rest:
+                self._whole(FROZEN, name)
+        for name in model.buffers:
+            self._whole(BUFFER, name)
+
+    def _frozen(self, name: str, shape: Shape) -> None:
+        cut = split({name: prod(shape)}, len(self.models))
+        refs = [model.fragment(name) for model in self.models]
+        array = Array(FROZEN, name, shape, refs[0].dtype)
+        self.arrays[array.key] = array
+        self.pieces[array.key] = [
+            refs[rank].piece(Run.of(share.start, share.stop), share.offset)
+            for rank in range(len(self.models))
+            for share in cut.shares(rank)
+        ]
+
+    def _whole(self, role: str, name: str) -> None:
+        ref = self.model.tensor(name)
+        self._add(Array(role, name, ref.shape, ref.dtype), ref)
 
     def _add(self, array: Array, ref: TensorRef) -> None:
         self.arrays[array.key] = array
