@@ -23,7 +23,7 @@ PARAMETERS, METHODS, COLUMNS, PRODUCT_LINES = 7, 15, 100, 12_050
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc"}
 PURE_IMPORTS = {
     "dataclasses", "enum", "typing", "collections", "bisect", "math", "hashlib", "hmac", "json",
-    "itertools", "functools", "numpy", "xxhash",
+    "itertools", "functools", "contextlib", "re", "numpy", "xxhash",
 }  # fmt: skip
 ENTRY_POINTS = {"launch/cli.py", "runtime/run.py"}  # where a process may catch everything
 ENVIRONMENT_FILE = "cluster/environment.py"
