@@ -102,7 +102,9 @@ class Model:
             raise Misuse(f"{state.where} has experts, which cannot be converted yet")
         module = state.tensors("module")
         trained = [state.shapes(group) for group in state.get("param_shapes", list, default=[])]
-        buffers = tuple(n for n in state.get("buffer_names", list, default=[]) if n in module)
+        buffers = tuple(str(name) for name in state.get("buffer_names", list, default=[]))
+        if missing := [name for name in buffers if name not in module]:
+            raise state.wrong(f"the module has no buffer {missing[0][:99]}")
         known = {name for group in trained for name in group}
         shared = state.get("shared_params", dict, default={})
         aliases = {str(a): str(n) for a, n in shared.items() if a not in known}
@@ -135,6 +137,9 @@ class Model:
         for key in ("data_sampler", "random_ltd"):
             if values.get(key) is not None:
                 note(f"{key}: what DeepSpeed's own data loading keeps")
+        for name in self.state.get("module", dict, default={}):
+            if str(name) not in self.module:
+                note(f"the module's {name}, which is no tensor")
         told = {key: values.get(key) for key in _TOLD}
         told["client_state"] = {key: value for key, value in values.items() if key not in _OWN}
         return {k: carried(value, k, note) for k, value in told.items() if value is not None}

@@ -210,7 +210,8 @@ class Plain:
         if "state" not in self._base.values:
             raise Misuse(f"{outer.where}: stage 0 is read in float32 and bfloat16 only")
         self._groups = Groups(folder, self._base, note)
-        masters = [ref for group in outer.get("fp32_groups", list, default=[]) for ref in group]
+        kept = outer.get("fp32_groups", list, default=[])
+        masters = [ref for group in kept for ref in (group if isinstance(group, list) else [None])]
         self._masters = masters if all(isinstance(ref, TensorRef) for ref in masters) else []
 
     def facts(self) -> dict[str, Any]:
