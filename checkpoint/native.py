@@ -12,10 +12,13 @@ byte. A shard has one writer, is written whole, once, and is read back.
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -39,6 +42,7 @@ LATEST = None  # the newest name is the latest
 NAME = re.compile(r"step-(\d{12})(\.\d{6,})?")  # the generation, where a store cannot rename
 _CRC, _XXH = 4, 32  # bytes of the one, hexadecimal digits of the other
 _ABSENT = (1 << 64) - 1
+_AT_ONCE = 8  # small files: to wait for a store is all that each costs
 
 Bytes = NDArray[np.uint8]
 
@@ -141,9 +145,13 @@ class Shard:
 
 def shards_of(array: Array) -> Iterator[Shard]:
     """All of an array, in order; they tile it."""
-    cut = grid(array.shape)
-    for index, span in enumerate(cut.shards()):
-        yield Shard(array, cut, index, *span)
+    cut, spans = _cut(array.shape)
+    return (Shard(array, cut, index, *span) for index, span in enumerate(spans))
+
+
+@lru_cache(maxsize=64)
+def _cut(shape: tuple[int, ...]) -> tuple[Grid, list[tuple[int, int]]]:
+    return (cut := grid(shape)), cut.shards()
 
 
 def write_shard(store: Store, array: Array, index: int, values: Values) -> str:
@@ -152,14 +160,17 @@ def write_shard(store: Store, array: Array, index: int, values: Values) -> str:
     Raises:
         Misuse: the store does not take it, or gives back something else.
     """
-    cut = grid(array.shape)
-    shard = Shard(array, cut, index, *cut.shards()[index])
+    cut, spans = _cut(array.shape)
+    shard = Shard(array, cut, index, *spans[index])
     assert values.dtype == dtype_of(array.dtype), f"{array.key}: {values.dtype}"
     assert values.shape == (shard.stop - shard.start,), f"{array.key}: {values.shape}"
     file, digest = shard.encode(values)
     store.write(shard.name, file)
     back = np.empty_like(file)
-    store.read_into(shard.name, 0, back)
+    try:
+        store.read_into(shard.name, 0, back)
+    except Corrupt as error:
+        raise Misuse(f"what was written is not there: {error}") from error
     if not np.array_equal(file, back):
         raise Misuse(f"{store.place(shard.name)} gives back other bytes than it got: do not use it")
     return digest
@@ -179,7 +190,7 @@ def node(array: Array) -> str:
 
 def _quoted(name: str) -> str:
     plain = quote(name, safe="")
-    if plain.startswith("__") or not plain.strip(".") or plain.endswith(".json"):
+    if plain.startswith("__") or not plain.strip(".") or plain in (GROUP, MANIFEST):
         plain = f"%{ord(plain[0]):02X}{plain[1:]}" if plain else "%"
     if len(plain) > 255:
         raise Misuse(f"the name {name[:100]!r}... is too long to be that of a file")
@@ -228,8 +239,10 @@ def _array(array: Array) -> dict[str, Any]:
 
 def write_metadata(store: Store, contents: Contents) -> None:
     """Every zarr.json; Misuse where the store does not take them."""
-    for name, data in metadata(contents).items():
-        store.write(name, data)
+    texts = metadata(contents)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for _ in pool.map(store.write, texts.keys(), texts.values()):
+            pass
 
 
 # ---- a whole step
@@ -255,13 +268,17 @@ class NativeSource:
 
     def read(self, array: Array, start: int, stop: int) -> Values:
         """Elements [start, stop), every chunk checked whole before."""
+        self._check(f"{_quoted(array.role)}/{GROUP}")
         self._check(f"{node(array)}/{GROUP}")
         out = np.empty(stop - start, dtype=dtype_of(array.dtype))
-        for shard in shards_of(array):
+        cut, spans = _cut(array.shape)
+        first = bisect_right(spans, start, key=itemgetter(0)) - 1
+        last = bisect_left(spans, stop, key=itemgetter(0))
+        for index in range(first, last) if start < stop else ():
+            shard = Shard(array, cut, index, *spans[index])
             begin, end = max(shard.start, start), min(shard.stop, stop)
-            if begin < end:
-                digest = self._manifest.shards[array.key][shard.index]
-                shard.read(self.store, digest, begin, out[begin - start : end - start])
+            digest = self._manifest.shards[array.key][index]
+            shard.read(self.store, digest, begin, out[begin - start : end - start])
         return out
 
     def _check(self, name: str) -> None:
@@ -330,7 +347,7 @@ def plan(source: Source, directory: Path, wanted: Wanted) -> list[Item]:
 def _again(store: Store, shard: Shard) -> str:
     """Digest of a shard that an earlier try wrote."""
     chunks, dtype = shard.chunks, dtype_of(shard.array.dtype)
-    file = np.empty(len(chunks) * shard.record + len(shard.footer(0)), dtype=np.uint8)
+    file = np.empty(len(chunks) * shard.record + len(shard.footer(len(chunks))), dtype=np.uint8)
     store.read_into(shard.name, 0, file)
     sizes = [(end - begin) * dtype.itemsize for begin, end in chunks]
     parts = zip(shard.rows(file, len(chunks)), sizes, strict=True)

@@ -20,7 +20,7 @@ from outlast.checkpoint.grid import grid
 from outlast.checkpoint.manifest import Manifest
 from outlast.checkpoint.native import MANIFEST, NAME, NativeSource, complete, write_metadata
 from outlast.checkpoint.store import Directory, Store, read_whole, store_at
-from outlast.cluster.errors import Misuse
+from outlast.cluster.errors import Corrupt, Misuse
 
 _OURS = re.compile(r"step-\d{12}(\.\d+(\.old)?\.part|\.\d{6,})?")  # nothing else is removed
 _NOTES = "__notes"  # zarr forbids such a name, so no array has it
@@ -105,21 +105,27 @@ class Draft:
         return self.name
 
     def _noted(self, contents: Contents) -> dict[str, tuple[str, ...]]:
+        """The digests of all shards, each of which one rank has noted."""
         noted: dict[tuple[str, int], str] = {}
         for name in self.store.children(_NOTES):
-            note = read_whole(self.store, f"{_NOTES}/{name}")
-            for key, shards in json.loads(note).items():
-                for index, digest in shards.items():
-                    if (key, int(index)) in noted:
-                        raise Misuse(f"{self.name}: two ranks wrote shard {index} of {key}")
-                    noted[key, int(index)] = digest
+            for at, digest in self._note(f"{_NOTES}/{name}").items():
+                if at in noted:
+                    raise Misuse(f"{self.name}: two ranks wrote shard {at[1]} of {at[0]}")
+                noted[at] = digest
         counts = {array.key: len(grid(array.shape).shards()) for array in contents.arrays}
-        wanted = [(key, index) for key, count in counts.items() for index in range(count)]
-        if missing := [at for at in wanted if at not in noted]:
-            raise Misuse(f"{self.name}: nobody wrote shard {missing[0][1]} of {missing[0][0]}")
-        if len(noted) > len(wanted):
-            raise Misuse(f"{self.name}: shards of other arrays were written")
+        wanted = {(key, index) for key, count in counts.items() for index in range(count)}
+        if wrong := sorted(wanted ^ noted.keys()):
+            who = "nobody" if wrong[0] in wanted else "somebody"
+            raise Misuse(f"{self.name}: {who} wrote shard {wrong[0][1]} of {wrong[0][0]}")
         return {key: tuple(noted[key, index] for index in range(n)) for key, n in counts.items()}
+
+    def _note(self, name: str) -> dict[tuple[str, int], str]:
+        try:
+            note = json.loads(read_whole(self.store, name))
+            return {(key, int(at)): str(digest) for key, digests in note.items()
+                    for at, digest in digests.items()}  # fmt: skip
+        except (Corrupt, ValueError, TypeError, AttributeError) as error:
+            raise Misuse(f"{self.store.place(name)} is no note: {error}") from error
 
     def _rename(self, root: Path) -> None:
         part, path = root / self._part, root / self.name
