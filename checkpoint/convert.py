@@ -19,15 +19,27 @@ from typing import TextIO
 import xxhash
 
 import outlast
-from outlast.checkpoint.dtypes import dtype_of
+from outlast.checkpoint.dtypes import nbytes
 from outlast.checkpoint.formats.registry import Format, Opened
 from outlast.checkpoint.items import Item, Wanted
 from outlast.checkpoint.pool import spread
 from outlast.checkpoint.proof import differences, unlike
+from outlast.checkpoint.source import Tick
 from outlast.cluster.errors import Corrupt, Misuse
 
 Progress = Callable[[str, int, int], None]  # what is being done, its bytes so far, and of how many
 _PROBLEMS_SHOWN = 10
+
+
+def counted(progress: Progress, what: str, total: int, at: int = 0) -> Tick:
+    """A tick that tells `progress` how many of `total` bytes there are so far, from `at` on."""
+
+    def tick(size: int) -> None:
+        nonlocal at
+        at += size
+        progress(what, at, total)
+
+    return tick
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +132,9 @@ def _identity(job: Conversion) -> str:
         path = str(path.absolute())
     else:
         told = [(array.key, source.stored_digest(array)) for array in source.contents.arrays]
-    wanted = [outlast.__version__, job.to.name, asdict(job.wanted), path, told]
+    # What a crash of the machine left half written, only a proof would find.
+    boot = "" if job.proof else Path("/proc/sys/kernel/random/boot_id").read_text("ascii")
+    wanted = [outlast.__version__, boot, job.to.name, asdict(job.wanted), path, told]
     return xxhash.xxh3_128_hexdigest(json.dumps(wanted).encode())
 
 
@@ -151,12 +165,7 @@ def _write(
     free = shutil.disk_usage(job.part).free
     if free < total - at:
         raise Misuse(f"{job.part} has {free:,} bytes free, and {total - at:,} are needed")
-
-    def tick(size: int) -> None:
-        nonlocal at
-        at += size
-        progress("writing", at, total)
-
+    tick = counted(progress, "writing", total, at)
     try:
         for last in (False, True):
             tasks = [(item.name, item.make) for item in left if item.final == last]
@@ -178,13 +187,6 @@ def _flush(*paths: Path) -> None:
 
 
 def _prove(job: Conversion, directory: Path, progress: Progress) -> None:
-    at, total = 0, 0
-
-    def tick(size: int) -> None:
-        nonlocal at
-        at += size
-        progress("proving", at, total)
-
     contents = job.source.source.contents
     found: list[str] = []
     try:
@@ -195,8 +197,7 @@ def _prove(job: Conversion, directory: Path, progress: Progress) -> None:
         try:
             found += differences(contents, result.contents, job.to, job.wanted)
             if not found:
-                arrays = result.contents.arrays
-                total = sum(a.numel * dtype_of(a.dtype).itemsize for a in arrays)
+                tick = counted(progress, "proving", nbytes(result.contents.arrays))
                 found += unlike(job.source.source, result, job.workers, tick)
         finally:
             result.close()

@@ -1,9 +1,12 @@
 """Element types by their bare names, for numpy: bfloat16 and the float8s come from ml_dtypes."""
 
+from collections.abc import Iterable
+
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from outlast.checkpoint.contents import Array
 from outlast.cluster.errors import Misuse
 
 Values = NDArray[np.generic]
@@ -25,6 +28,11 @@ def dtype_of(name: str) -> np.dtype[np.generic]:
     if name not in DTYPES:
         raise Misuse(f"dtype {name!r} is not supported: use one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def nbytes(arrays: Iterable[Array]) -> int:
+    """Bytes of their elements."""
+    return sum(array.numel * dtype_of(array.dtype).itemsize for array in arrays)
 
 
 def cast(values: Values, dtype: str) -> Values:

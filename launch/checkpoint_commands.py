@@ -100,12 +100,15 @@ def verify(checkpoint: str, **options: Any) -> None:
     That every element is there once; checksums, where the format has them; numbers that are none;
     weights that are not those of the optimizer's masters.
     """
+    from outlast.checkpoint.convert import counted
+    from outlast.checkpoint.dtypes import nbytes
     from outlast.checkpoint.proof import problems
 
     with _opened(checkpoint, options) as opened:
         contents = opened.source.contents
         with _progress() as progress:
-            found = list(problems(opened, options["workers"], _meter(contents, progress)))
+            tick = counted(progress, "reading", nbytes(contents.arrays))
+            found = list(problems(opened, options["workers"], tick))
     for text in found:
         _say(text)
     if found:
@@ -190,23 +193,6 @@ def _progress() -> Iterator["Progress"]:
         yield bar
 
 
-def _meter(contents: "Contents", progress: "Progress") -> Callable[[int], None]:
-    total, at = sum(map(_size, contents.arrays)), 0
-
-    def tick(size: int) -> None:
-        nonlocal at
-        at += size
-        progress("reading", at, total)
-
-    return tick
-
-
-def _size(array: Any) -> int:
-    from outlast.checkpoint.dtypes import dtype_of
-
-    return array.numel * dtype_of(array.dtype).itemsize
-
-
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -220,14 +206,15 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 def _show(opened: "Opened") -> None:
+    from outlast.checkpoint.dtypes import nbytes
+
     contents = opened.source.contents
-    size = sum(map(_size, contents.arrays))
     count = sum(array.numel for array in contents.of("param"))
     _say(f"{opened.path}\n{opened.format.name}, step {contents.step}, {count:,} "
-         f"parameters in {contents.dtype}, {size:,} bytes of arrays")  # fmt: skip
+         f"parameters in {contents.dtype}, {nbytes(contents.arrays):,} bytes")  # fmt: skip
     roles = dict.fromkeys(array.role for array in contents.arrays)
     _table(("role", "tensors", "elements", "bytes", "dtype"), [
-        (role, len(arrays), sum(a.numel for a in arrays), sum(map(_size, arrays)),
+        (role, len(arrays), sum(a.numel for a in arrays), nbytes(arrays),
          ", ".join(sorted({a.dtype for a in arrays})))
         for role in roles if (arrays := contents.of(role))
     ])  # fmt: skip
@@ -252,13 +239,16 @@ def _short(value: Any) -> str:
 
 def _list(opened: "Opened", workers: int) -> None:
     """One line per array: digest, dtype, shape, key; those without a stored digest are read."""
+    from outlast.checkpoint.convert import counted
+    from outlast.checkpoint.dtypes import nbytes
     from outlast.checkpoint.proof import survey
 
     contents = opened.source.contents
     digests = {array.key: opened.source.stored_digest(array) for array in contents.arrays}
     if None in digests.values():
         with _progress() as progress:
-            for array, found in survey(opened, workers, _meter(contents, progress)):
+            tick = counted(progress, "reading", nbytes(contents.arrays))
+            for array, found in survey(opened, workers, tick):
                 if isinstance(found, Corrupt):
                     raise found
                 digests[array.key] = found.digest
@@ -270,6 +260,7 @@ def _list(opened: "Opened", workers: int) -> None:
 def _check(job: "Conversion") -> int:
     """What would become of everything; the exit code."""
     from outlast.checkpoint import proof
+    from outlast.checkpoint.dtypes import nbytes
 
     contents = job.source.source.contents
     kept = job.to.stored(contents, job.wanted)
@@ -290,7 +281,7 @@ def _check(job: "Conversion") -> int:
     for text in (behind := list(proof.left_behind(contents, job.to))):
         _say(f"as the format is: {text}")
     size, wrong = proof.planned(job.source, job.to, job.wanted)
-    if (more := size - sum(map(_size, kept.values()))) > 0:
+    if (more := size - nbytes(kept.values())) > 0:
         _say(f"{size:,} bytes, {more:,} of them headers, padding, second copies")
     wrong += [f"left out: {text}" for text in contents.left_out]
     wrong += [*proof.incomplete(contents), *proof.disagreements(job.source)]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from outlast.checkpoint.contents import BUFFER, FROZEN, PARAM, Array, Contents
-from outlast.checkpoint.dtypes import cast, dtype_of
+from outlast.checkpoint.dtypes import cast, dtype_of, nbytes
 from outlast.checkpoint.formats.folder import Folder, corrupt
 from outlast.checkpoint.formats.pieces import Piece, PieceSource
 from outlast.checkpoint.items import Item, Wanted
@@ -130,8 +130,7 @@ def _entry(path: Path, base: int, name: str, told: Any) -> _Entry:
     if len(shape) > 64 or not all(type(n) is int and 0 <= n < 1 << 62 for n in shape):
         raise corrupt(path, 8, f"{name} has the shape {shape}")
     array = Array(PARAM, name, tuple(shape), _NAMES[code])
-    size = array.numel * dtype_of(array.dtype).itemsize
-    if start < 0 or stop - start != size:
+    if start < 0 or stop - start != nbytes([array]):
         raise corrupt(path, 8, f"{name} {shape} of {code} lies in [{start}, {stop})")
     return _Entry(name, array.dtype, array.shape, path.name, base + start, base + stop)
 
@@ -243,7 +242,7 @@ def plan(source: Source, directory: Path, wanted: Wanted) -> list[Item]:
 def _size(array: Array) -> int:
     if array.dtype not in _CODES:
         raise Misuse(f"safetensors has no {array.dtype}, which {array.name} is: give --dtype")
-    return array.numel * dtype_of(array.dtype).itemsize
+    return nbytes([array])
 
 
 def _cut(arrays: Sequence[tuple[Array, Array]], limit: int) -> Iterator[list[tuple[Array, Array]]]:
