@@ -178,6 +178,17 @@ def test_a_checkpoint_in_a_bucket(step: Path, tmp_path: Path) -> None:
     assert (told.exit_code, "no native checkpoint" in str(told.exception)) == (1, True)
 
 
+def test_links_of_a_download_cache_are_followed_when_asked(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    blob = tmp_path / "blobs" / "3f2a"
+    safetensors.numpy.save_file({"a": np.zeros(3, np.float32)}, blob)
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to(blob)
+    told = run("verify", tmp_path / "snapshot")
+    assert (told.exit_code, "leads out of the checkpoint" in told.stderr) == (1, True)
+    assert run("verify", "--follow-links", tmp_path / "snapshot").exit_code == 0
+
+
 SLOW = """
 import sys, time
 from outlast.checkpoint.formats.pieces import PieceSource
