@@ -42,6 +42,7 @@ LATEST = None  # the newest name is the latest
 NAME = re.compile(r"step-(\d{12})(\.\d{6,})?")  # the generation, where a store cannot rename
 _CRC, _XXH = 4, 32  # bytes of the one, hexadecimal digits of the other
 _ABSENT = (1 << 64) - 1
+_BACK = 1 << 22  # bytes read back at a time: new memory for all would cost as much as the reading
 _AT_ONCE = 8  # small files: to wait for a store is all that each costs
 
 Bytes = NDArray[np.uint8]
@@ -166,13 +167,15 @@ def write_shard(store: Store, array: Array, index: int, values: Values) -> str:
     assert values.shape == (shard.stop - shard.start,), f"{array.key}: {values.shape}"
     file, digest = shard.encode(values)
     store.write(shard.name, file)
-    back = np.empty_like(file)
-    try:
-        store.read_into(shard.name, 0, back)
-    except Corrupt as error:
-        raise Misuse(f"what was written is not there: {error}") from error
-    if not np.array_equal(file, back):
-        raise Misuse(f"{store.place(shard.name)} gives back other bytes than it got: do not use it")
+    back = np.empty(min(len(file), _BACK), dtype=np.uint8)
+    for at in range(0, len(file), _BACK):
+        expected = file[at : at + _BACK]
+        try:
+            store.read_into(shard.name, at, back[: len(expected)])
+        except Corrupt as error:
+            raise Misuse(f"what was written is not there: {error}") from error
+        if not np.array_equal(back[: len(expected)], expected):
+            raise Misuse(f"{store.place(shard.name)} gives back other bytes: do not use it")
     return digest
 
 
