@@ -161,7 +161,7 @@ def loss_scaler(value: Any) -> dict[str, Any] | None:
     """A LossScaler of DeepSpeed in JSON: its class and its attributes."""
     if not isinstance(value, Opaque) or not isinstance(value.state, dict):
         return None
-    return {"class": value.name.rpartition(".")[2]} | plain(value.state, "", lambda text: None)
+    return {"class": value.name.rpartition(".")[2], **plain(value.state, "", lambda text: None)}
 
 
 def numel(shapes: Shapes) -> dict[str, int]:

@@ -211,7 +211,9 @@ class Plain:
             raise Misuse(f"{outer.where}: stage 0 is read in float32 and bfloat16 only")
         self._groups = Groups(folder, self._base, note)
         kept = outer.get("fp32_groups", list, default=[])
-        masters = [ref for group in kept for ref in (group if isinstance(group, list) else [None])]
+        masters: list[Any] = [
+            ref for group in kept for ref in (group if isinstance(group, list) else [None])
+        ]
         self._masters = masters if all(isinstance(ref, TensorRef) for ref in masters) else []
 
     def facts(self) -> dict[str, Any]:
@@ -241,7 +243,7 @@ class Plain:
         wanted = defaultdict[Any, list[int]](list)
         for unit, shard in enumerate(shards):
             wanted[next(iter(shard.values())).shape if shard else None].append(unit)
-        names = {}
+        names: dict[int, str] = {}
         for shape, units in wanted.items():
             groups = {self._groups.units[unit][0] for unit in units}
             if len(groups) > 1 or len(known[shape]) != len(units):

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from outlast.checkpoint.contents import Array, Contents
 from outlast.checkpoint.dtypes import Values
 from outlast.checkpoint.formats.folder import Folder, corrupt
@@ -127,7 +129,8 @@ class MergedSource:
             if array.key in source.contents.by_key
         )
         if others and array.name in self._averaged:
-            return sum(others, start=values) / values.dtype.type(1 + len(others))
+            total: Any = sum(others, start=values)
+            return np.asarray(total / total.dtype.type(1 + len(others)))
         if any(other.tobytes() != values.tobytes() for other in others):
             raise Corrupt(f"{array.key}: its copies on the tensor-parallel ranks differ")
         return values

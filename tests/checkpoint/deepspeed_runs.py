@@ -417,6 +417,7 @@ def _rank(rank: int, world: int, port: int, jobs: list[dict[str, Any]]) -> None:
 
 
 def _main() -> None:
+    import gc
     import multiprocessing
 
     import deepspeed.ops
@@ -425,6 +426,7 @@ def _main() -> None:
 
     deepspeed.ops.__compatible_ops__ = {}  # what it does not look for it does not compile
     torch.set_num_threads(1)
+    gc.freeze()  # DeepSpeed collects garbage all the time
     jobs = json.load(sys.stdin)
     fork = multiprocessing.get_context("fork")
     for world in sorted({job["case"]["world"] for job in jobs}):
