@@ -7,6 +7,7 @@ a matrix of the model that the optimizer does not have and that equals one of it
 bit is tied to it; of the rest, what is sharded is frozen and what is not is a buffer.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -29,7 +30,7 @@ from outlast.checkpoint.contents import (
 from outlast.checkpoint.dtypes import Values
 from outlast.checkpoint.formats import distcp
 from outlast.checkpoint.formats.distcp import METADATA, NOTE, Entry, Shards, Stored, number
-from outlast.checkpoint.formats.folder import Folder
+from outlast.checkpoint.formats.folder import Folder, corrupt
 from outlast.checkpoint.formats.pieces import PieceSource
 from outlast.checkpoint.formats.plain import from_json, to_json
 from outlast.checkpoint.formats.torch_zip import ZipFolder
@@ -54,11 +55,12 @@ def find(path: Path) -> Path | None:
     found = [
         each for each in found if not (each / "metadata.json").exists()
     ]  # those are Megatron's
-    return path if path in found else max(found, key=_number, default=None)
+    return path if path in found else max(found, key=lambda each: _number(each.name), default=None)
 
 
-def _number(path: Path) -> int:
-    return int((findall(r"\d+", path.name) or ["-1"])[-1])
+def _number(name: str) -> int:
+    """The last number in a name, as of a step."""
+    return int((findall(r"\d+", name) or ["-1"])[-1])
 
 
 def open(path: Path, follow: bool = False) -> Source:
@@ -70,10 +72,13 @@ def open(path: Path, follow: bool = False) -> Source:
     """
     folder = ZipFolder(path, follow)
     shards = distcp.read_shards(folder)
-    if NOTE in shards.objects:
-        contents, found = distcp.from_note(path, shards.objects[NOTE], shards.tensors, _key)
-    else:
-        contents, found = _concluded(folder, shards)
+    try:
+        if NOTE in shards.objects:
+            contents, found = distcp.from_note(path, shards.objects[NOTE], shards.tensors, _key)
+        else:
+            contents, found = _concluded(folder, shards)
+    except (LookupError, TypeError, ValueError, AttributeError) as cause:
+        raise corrupt(path / METADATA, 0, f"its names make no sense ({cause!r:.200})") from cause
     return PieceSource(folder, contents, {key: stored.pieces for key, stored in found.items()})
 
 
@@ -137,11 +142,13 @@ def _groups(
             value = number(folder, shards.tensors[key])
         told.setdefault(group, {})[name] = list(value) if isinstance(value, tuple) else value
     groups: dict[Any, tuple[list[Any], dict[str, Any]]] = {}
-    for group, values in sorted(told.items(), key=lambda item: item[0].zfill(9)):
-        if "params" in values or group.isdigit():
-            groups[group] = (list(values.pop("params", ())), to_json(values))
+    numbered = all(group.isdecimal() for group in told)
+    for group in sorted(told, key=_number) if numbered else told:
+        names, hyper = told[group].pop("params", None), to_json(told[group])
+        if numbered:
+            groups[group] = (list(names or ()), hyper)
         else:  # flattened: the hyper-parameters of every parameter by itself
-            groups.setdefault(repr(values), ([], to_json(values)))[0].append(group)
+            groups.setdefault(json.dumps(hyper), ([], hyper))[0].append(group)
     if any(not isinstance(name, str) for names, _ in groups.values() for name in names):
         left_out.append("the optimizer's state, by number: save with get_state_dict for names")
         return prefix, []

@@ -26,7 +26,7 @@ from outlast.cluster.errors import Corrupt
 from outlast.layout.run import Run
 
 BYTES = 1 << 28  # of one pickle
-_STACK, _MEMO, _DEPTH, _NODES = 1 << 20, 1 << 26, 64, 1 << 25
+_STACK, _MEMO, _DEPTH, _NODES = 1 << 20, 1 << 26, 64, 1 << 20  # nodes besides one per byte
 
 STORAGES = {
     "FloatStorage": "float32", "DoubleStorage": "float64", "HalfStorage": "float16",
@@ -173,7 +173,7 @@ def load(data: bytes, where: Path | str, storage: Storages | None = None, base: 
     machine = _Machine(data, storage)
     try:
         value = machine.run()
-        _measure(value, {}, 0)
+        _measure(value, {}, _NODES + len(data))
     except Corrupt:
         raise
     except _Refused as cause:
@@ -183,7 +183,7 @@ def load(data: bytes, where: Path | str, storage: Storages | None = None, base: 
     return value
 
 
-def _measure(value: Any, known: dict[int, int], depth: int) -> int:
+def _measure(value: Any, known: dict[int, int], most: int, depth: int = 0) -> int:
     """Nodes of the tree below a value, shared ones counted every time; _Refused if too many."""
     if isinstance(value, dict):
         children: Iterable[Any] = (*value.keys(), *value.values())
@@ -196,9 +196,10 @@ def _measure(value: Any, known: dict[int, int], depth: int) -> int:
     if depth > _DEPTH:
         raise _Refused(f"nested more than {_DEPTH} deep")
     if id(value) not in known:
-        known[id(value)] = _NODES  # if met again below itself
-        known[id(value)] = 1 + sum(_measure(child, known, depth + 1) for child in children)
-    if known[id(value)] >= _NODES:
+        known[id(value)] = most + 1  # if met again below itself
+        nodes = 1 + sum(_measure(child, known, most, depth + 1) for child in children)
+        known[id(value)] = nodes
+    if known[id(value)] > most:
         raise _Refused("refers to itself, or to its parts too often")
     return known[id(value)]
 
