@@ -8,6 +8,7 @@ out on purpose is `param_alignment_paddings`: without it, DeepSpeed makes its ow
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -30,7 +31,7 @@ from outlast.checkpoint.formats.plain import from_json
 from outlast.checkpoint.formats.torch_zip import Fill, write
 from outlast.checkpoint.items import Item, Wanted
 from outlast.checkpoint.source import Source, Tick
-from outlast.cluster.errors import Misuse
+from outlast.cluster.errors import Corrupt, Misuse
 
 LATEST = "latest"
 MASTER = "float32"  # dtype of masters and optimizer state
@@ -148,7 +149,8 @@ class Model:
 
     def __init__(self, source: Source, stage: int, ranks: int) -> None:
         self.contents = contents = source.contents
-        self.facts: dict[str, Any] = from_json(contents.facts)
+        self.facts = _decoded(contents.facts)
+        self.config = _config(self.facts, contents.dtype, stage)
         self.stage, self.ranks = stage, ranks
         if not contents.groups:
             raise Misuse(
@@ -158,14 +160,14 @@ class Model:
         if ranks < 1:
             raise Misuse(f"{ranks} ranks cannot load a checkpoint: --ranks 1 or more")
         self.shapes = {array.name: array.shape for array in contents.of(PARAM)}
-        zero = self._config().get("zero_optimization", {})
+        zero = self.config["zero_optimization"]
         sizes = {name: prod(shape) for name, shape in self.shapes.items()}
         # Parameters without elements are kept with those that are not trained.
         self.untrained = [
             *contents.of(FROZEN), *(a for a in contents.of(PARAM) if not a.numel),
         ]  # fmt: skip
         self.groups = [
-            (group, names)
+            (replace(group, hyper=_decoded(group.hyper)), names)
             for group in contents.groups
             if (names := [name for name in group.names if sizes[name]])
         ]
@@ -173,45 +175,37 @@ class Model:
         self.members: list[list[int]] = []  # of each group: its cuts
         self.order: list[list[str]] = []  # of each cut: its names
         for _, names in self.groups:
-            if stage < 3 and zero.get("round_robin_gradients") and not self._is_bf16_optimizer():
+            if stage < 3 and zero.get("round_robin_gradients") is True and not self._accumulates():
                 names = [names[place] for place in round_robin(len(names), ranks)]
-            limit = int(zero.get("sub_group_size", 1_000_000_000))
+            limit = int(_number(zero.get("sub_group_size"), 1_000_000_000))
             whole = {name: sizes[name] for name in names}
             parts = sub_groups(whole, ranks, limit) if stage == 3 else [whole]
             self.members.append([len(self.cuts) + index for index in range(len(parts))])
             self.cuts += [split(part, ranks) if stage == 3 else flat(part, ranks) for part in parts]
             self.order += [[*part] for part in parts]
 
-    def _config(self) -> dict[str, Any]:
-        """The configuration of the engine that is to load it, as far as it is known."""
-        config = dict(self.facts.get("ds_config") or {})
-        if not config and self.contents.dtype in ("bfloat16", "float16"):
-            config[{"bfloat16": "bf16", "float16": "fp16"}[self.contents.dtype]] = {"enabled": True}
-        zero = config.get("zero_optimization")
-        return config | {"zero_optimization": {**(zero or {}), "stage": self.stage}}
-
     @property
     def clip(self) -> float:
         """Norm that gradients are clipped to, 0 for none."""
-        return float(self._config().get("gradient_clipping") or 0.0)
+        return float(_number(self.config.get("gradient_clipping"), 0.0))
 
-    def _is_bf16_optimizer(self) -> bool:
+    def _accumulates(self) -> bool:
         """Whether DeepSpeed uses its class BF16_Optimizer, which has no round robin."""
-        accumulated = (self._config().get("data_types") or {}).get("grad_accum_dtype")
+        dtype = _dict(self.config.get("data_types")).get("grad_accum_dtype")
         bf16 = self.contents.dtype == "bfloat16"
-        return bf16 and self.stage == 1 and accumulated in ("fp32", "float32", "float")
+        return bf16 and self.stage == 1 and dtype in ("fp32", "float32", "float")
 
     def optimizer(self, tensors: Tensors, rank: int) -> State:
         """The optimizer's file of a rank."""
         sharded = self._zero3(tensors, rank) if self.stage == 3 else self._zero12(tensors, rank)
         state = {**self.common(), **sharded}
         return {
-            "optimizer_state_dict": state, "ds_config": self._config(), "ds_version": VERSION,
+            "optimizer_state_dict": state, "ds_config": self.config, "ds_version": VERSION,
         }  # fmt: skip
 
     def common(self) -> State:
         """What every rank's optimizer says alike."""
-        scaler = dict(self.facts.get("loss_scaler") or {"cur_scale": 1.0, "dynamic": False})
+        scaler: State = {"cur_scale": 1.0, "dynamic": False} | _dict(self.facts.get("loss_scaler"))
         dynamic = scaler.pop("class", "") == "DynamicLossScaler"
         kind = "DynamicLossScaler" if dynamic else "LossScaler"
         scaler |= {"dtype": Symbol("torch.float16")} if dynamic else {}
@@ -242,10 +236,7 @@ class Model:
     def hyper(self) -> list[State]:
         """The parameter groups of the optimizer of torch."""
         return [
-            {
-                key: tuple(v) if isinstance(v, list) else v
-                for key, v in from_json(group.hyper).items()
-            }
+            {key: tuple(v) if isinstance(v, list) else v for key, v in group.hyper.items()}
             | {"params": members}
             for (group, _), members in zip(self.groups, self.members, strict=True)
         ]
@@ -253,7 +244,7 @@ class Model:
     def scalars(self, tensors: Tensors, group: Group) -> State:
         """What the optimizer counts: torch's own in tensors, DeepSpeed's as integers."""
         own = "bias_correction" in group.hyper  # FusedAdam, DeepSpeedCPUAdam
-        if (self.facts.get("source") or {}).get("step", "int" if own else "") == "int":
+        if _dict(self.facts.get("source")).get("step", "int" if own else "tensor") == "int":
             return {key: int(value) for key, value in group.scalars.items()}
         return {key: tensors.number(value) for key, value in group.scalars.items()}
 
@@ -322,9 +313,12 @@ class Model:
         """
         contents, facts = self.contents, self.facts
         shapes = {array.name: Size(array.shape) for array in self.untrained}
-        known = ("global_samples", "universal_checkpoint_info")
+        known = {
+            "global_samples": facts.get("global_samples"),
+            "universal_checkpoint_info": _one(facts.get("universal_checkpoint_info")),
+        }
         return {
-            **(facts.get("client_state") or {}),
+            **_dict(facts.get("client_state")),
             "module": module,
             "buffer_names": [array.name for array in contents.of(BUFFER)],
             "optimizer": None,
@@ -338,12 +332,57 @@ class Model:
             "lr_scheduler": facts.get("lr_scheduler"),
             "data_sampler": None,
             "random_ltd": None,
-            "skipped_steps": int(facts.get("skipped_steps") or 0),
+            "skipped_steps": int(_number(facts.get("skipped_steps"), 0)),
             "global_steps": contents.step,
             "dp_world_size": self.ranks,
             "mp_world_size": 1,
             "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
-            "ds_config": self._config(),
+            "ds_config": self.config,
             "ds_version": VERSION,
-            **{key: facts[key] for key in known if facts.get(key) is not None},
+            **{key: value for key, value in known.items() if value is not None},
         }
+
+
+def _dict(value: Any) -> State:
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: Any, default: float) -> float:
+    """A number of the configuration, which may have "auto" there."""
+    return value if isinstance(value, int | float) else default
+
+
+def _decoded(facts: State) -> State:
+    """What was told of a checkpoint, as Python has it."""
+    try:
+        return _dict(from_json(facts))
+    except (LookupError, TypeError, ValueError) as cause:
+        raise Corrupt(f"the facts of the source are not understood: {cause!r}") from cause
+
+
+def _config(facts: State, dtype: str, stage: int) -> State:
+    """The configuration of the engine that is to load it, as far as it is known."""
+    config = _dict(facts.get("ds_config"))
+    if not config and dtype in ("bfloat16", "float16"):
+        config = {{"bfloat16": "bf16", "float16": "fp16"}[dtype]: {"enabled": True}}
+    zero = _dict(config.get("zero_optimization"))
+    return config | {"zero_optimization": zero | {"stage": stage}}
+
+
+def _one(info: Any) -> State | None:
+    """`universal_checkpoint_info` for one tensor-parallel rank, from that for several."""
+    if not isinstance(info, dict):
+        return None
+    kept = {key: value for key, value in info.items() if key != "affine_map"}
+    try:
+        if widths := info.get("sub_param_shard_widths"):
+            merged = {pattern: [[sum(row)] for row in rows] for pattern, rows in widths.items()}
+            kept["sub_param_shard_widths"] = merged
+        if subs := info.get("parameter_with_sub_params"):  # JSON has made lists of its tuples
+            kept["parameter_with_sub_params"] = [
+                sub | {"shape": tuple(tuple(d) if isinstance(d, list) else d for d in sub["shape"])}
+                for sub in subs
+            ]
+    except (LookupError, TypeError, AttributeError) as cause:
+        raise Corrupt(f"universal_checkpoint_info is not understood: {cause!r}") from cause
+    return kept

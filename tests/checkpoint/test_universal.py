@@ -12,8 +12,8 @@ from held import held
 from test_deepspeed_write import digests, same, written
 
 from outlast.checkpoint.contents import UNTRAINED
-from outlast.checkpoint.formats import deepspeed, universal
-from outlast.cluster.errors import Corrupt
+from outlast.checkpoint.formats import deepspeed, deepspeed_write, universal
+from outlast.cluster.errors import Corrupt, Misuse
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 STARTS = ["z1", "z1_bf16_optimizer", "z2_bf16_w3", "z3", "z3_bf16_w3"]
@@ -68,6 +68,10 @@ def test_slices_of_tensor_ranks_are_put_together(parallel: Path, stage: int) -> 
     assert digests(native) == expected
     assert theirs.contents.by_key["param/blocks.0.wide.weight"].shape == (27, 16)
     assert theirs.contents.groups == native.contents.groups
+    # What is written for one tensor-parallel rank still tells DeepSpeed's converter what is what.
+    written(native, parallel / f"one{stage}", deepspeed_write, ranks=2, stage=1)
+    again = universal.open(converted(parallel / f"one{stage}", parallel / f"one{stage}_universal"))
+    assert digests(again) == expected
 
 
 def test_deepspeed_cuts_what_is_written_here_for_its_tensor_ranks(parallel: Path) -> None:
@@ -99,3 +103,21 @@ def test_what_contradicts_itself_is_refused(tmp_path: Path) -> None:
         universal.open(place)
     (tmp_path / universal.LATEST).write_text("../" + place.name)
     assert universal.find(tmp_path) is None
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_flipped_bit_is_found_or_means_nothing(tmp_path: Path, seed: int) -> None:
+    source, random = held(), np.random.default_rng(seed)
+    place = written(source, tmp_path, universal)
+    files = sorted(place.rglob("*.pt"))
+    for _ in range(3):
+        file = files[random.integers(len(files))]
+        data = bytearray(file.read_bytes())
+        data[random.integers(len(data))] ^= 1 << random.integers(8)
+        file.write_bytes(data)
+    try:
+        found = universal.open(place)
+        assert found.contents.groups == source.contents.groups
+        assert digests(found) == digests(source)
+    except (Corrupt, Misuse):
+        pass
