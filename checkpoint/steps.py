@@ -12,13 +12,21 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from outlast.checkpoint.contents import Contents
 from outlast.checkpoint.formats.folder import corrupt
 from outlast.checkpoint.grid import grid
 from outlast.checkpoint.manifest import Manifest
-from outlast.checkpoint.native import MANIFEST, NAME, NativeSource, complete, write_metadata
+from outlast.checkpoint.native import (
+    MANIFEST,
+    NAME,
+    NativeSource,
+    complete,
+    shards_of,
+    write_metadata,
+)
 from outlast.checkpoint.store import Directory, Store, read_whole, store_at
 from outlast.cluster.errors import Corrupt, Misuse
 
@@ -67,7 +75,17 @@ class Steps:
         """Remove all steps and drafts but those; a manifest goes first, so none is half listed."""
         for name in self.store.children():
             if _OURS.fullmatch(name) and name not in kept:
-                self.store.remove(name, first=MANIFEST)
+                self.store.remove(self._aside(name), first=MANIFEST)
+
+    def _aside(self, name: str) -> str:
+        """The name of a draft that goes: first it gets another one, so that somebody who is late
+        neither publishes what is left of it nor keeps it from being removed."""
+        aside = f"{name.removesuffix('.part').removesuffix('.old')}.old.part"
+        if not (isinstance(self.store, Directory) and name.endswith(".part")):
+            return name
+        with suppress(OSError):  # the other name is taken, or somebody else was faster
+            (self.store.path / name).rename(self.store.path / aside)
+        return aside
 
 
 class Draft:
@@ -100,7 +118,8 @@ class Draft:
         self.store.remove(_NOTES)
         self.store.write(MANIFEST, Manifest(contents, shards).to_bytes())
         if isinstance(self._steps.store, Directory):
-            self._rename(self._steps.store.path)
+            files = [shard.name for array in contents.arrays for shard in shards_of(array)]
+            self._rename(self._steps.store.path, files)
         self._steps.clear({self.name, *self._steps.names()[: self._steps.keep]})
         return self.name
 
@@ -127,9 +146,13 @@ class Draft:
         except (Corrupt, ValueError, TypeError, AttributeError) as error:
             raise Misuse(f"{self.store.place(name)} is no note: {error}") from error
 
-    def _rename(self, root: Path) -> None:
+    def _rename(self, root: Path, files: list[str]) -> None:
         part, path = root / self._part, root / self.name
         try:
+            # Nothing is written behind this: what is whole here is whole under its name, or it has
+            # got another one meanwhile (`_aside`) and cannot be renamed.
+            if gone := [name for name in files if not (part / name).is_file()]:
+                raise FileNotFoundError(f"{gone[0]} was removed meanwhile")
             for folder, _, _ in os.walk(part):
                 _sync(folder)
             if path.exists():  # the same step, which may have been damaged since

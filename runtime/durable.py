@@ -57,14 +57,14 @@ class Durable:
 
     def names(self, communicator: Communicator) -> tuple[str, ...]:
         """Steps that any rank sees, newest first: what one of them does not see is a fault."""
-
-        def look(wanted: Wanted) -> list[str]:
-            return self._steps.names() if self._url else []
-
-        mine, errors = together(communicator, look, self._period_s)
-        if errors:
-            raise Misuse(f"{errors[0]}: is it the right --checkpoint-dir?")
-        seen = {name for names in communicator.gather_json(mine) for name in names}
+        mine: list[str] | None = []
+        if self._url:
+            mine, errors = together(
+                communicator, lambda wanted: self._steps.names(), self._period_s
+            )
+            if errors:
+                raise Misuse(f"{errors[0]}: is it the right --checkpoint-dir?")
+        seen = {name for names in communicator.gather_json(mine) for name in names or ()}
         return tuple(sorted(seen, reverse=True))
 
     def load(

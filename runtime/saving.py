@@ -1,6 +1,6 @@
 """The saves of a job: staged beside the parity, written while training goes on, published whole.
 
-    stage      the redundancy's thread, behind its parity: the shards of this rank, whole (`staging`)
+    stage      the redundancy's thread, behind its parity: all shards of this rank (`staging`)
     write      an errand: every shard to the store, then a note of their digests
     publish    an errand of rank 0, once all have written: the manifest
 
@@ -12,6 +12,7 @@ due at once."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from math import inf
@@ -127,15 +128,16 @@ class Save:
     def write(self, wanted: Wanted) -> None:
         """All shards of this rank, and the note."""
         reach("write", step=self.step)
-        self._draft = self._steps().draft(self.step, self._generation)
+        draft = self._draft = self._steps().draft(self.step, self._generation)
         digests: dict[str, dict[int, str]] = {}
-        for array, index, values in self._shards():
-            if not wanted:
-                return
-            digest = write_shard(self._draft.store, array, index, values)
-            digests.setdefault(array.key, {})[index] = digest
-            self.moved = time.monotonic()
-        self._draft.note(self._rank, digests)
+        with closing(draft.store):
+            for array, index, values in self._shards():
+                if not wanted:
+                    return
+                digest = write_shard(draft.store, array, index, values)
+                digests.setdefault(array.key, {})[index] = digest
+                self.moved = time.monotonic()
+            draft.note(self._rank, digests)
 
     def _shards(self) -> Iterator[tuple[Array, int, Values]]:
         assert self._staging is not None
@@ -149,10 +151,11 @@ class Save:
         reach("publish", step=self.step)
         assert self._draft is not None
         assert self._contents is not None
-        if wanted:
-            self._draft.publish(self._contents)
-            facts = {"step": self.step, "seconds": self.seconds}
-            self._training.link.send(kind="event", event="saved", **facts)
+        with closing(self._draft.store):
+            if wanted:
+                self._draft.publish(self._contents)
+                facts = {"step": self.step, "seconds": self.seconds}
+                self._training.link.send(kind="event", event="saved", **facts)
 
 
 class Saving:
@@ -177,6 +180,8 @@ class Saving:
         """A new generation: what was in flight is not completed any more."""
         self._owed |= bool(self._every) and self._save is not None
         self._drop()
+        if self._every:
+            self._look()
 
     # ---- beside the steps
 
@@ -224,6 +229,7 @@ class Saving:
             self._send(save.publish, Phase.PUBLISHED)
         elif verdict == Next.FINISH and save is not None:
             self.saved, self._save, self._errand = save.step, None, None
+            self._owed = self._owed and self.saved < step
         elif verdict == Next.GIVE_UP:
             rank, why = next((n, s.why) for n, s in enumerate(says) if s.phase == Phase.FAILED)
             self._give_up(f"rank {rank}: {why}")
@@ -248,6 +254,7 @@ class Saving:
     def _give_up(self, cause: str) -> None:
         self._tell("save_failed", step=self._save.step if self._save else -1, cause=cause)
         self._drop()
+        self._look()
 
     def _drop(self) -> None:
         self._save, self._unclean = None, True

@@ -256,6 +256,28 @@ def test_a_step_vanishes_before_its_files_do(url: str, monkeypatch: pytest.Monke
     assert [check(Steps(url), name) for name in Steps(url).names()] == [2]
 
 
+@pytest.mark.parametrize("moment", ["_noted", "_rename"])
+def test_who_is_late_publishes_nothing_that_is_being_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    steps, draft = Steps(str(tmp_path)), Steps(str(tmp_path)).draft(3, 1)
+    write(draft, 0, 1)
+    real = getattr(Draft, moment)
+
+    def discarded_meanwhile(self: Draft, *args: Any) -> Any:
+        found = None if moment == "_rename" else real(self, *args)
+        remove = shutil.rmtree
+        # The other one has begun, and is half way while this one goes on.
+        monkeypatch.setattr(shutil, "rmtree", lambda path: remove(path / "param"))
+        steps.discard()
+        return real(self, *args) if found is None else found
+
+    monkeypatch.setattr(Draft, moment, discarded_meanwhile)
+    with suppress(Misuse):
+        draft.publish(contents(3))
+    assert steps.names() == []
+
+
 def test_a_renamed_step_is_refused(tmp_path: Path) -> None:
     steps = Steps(str(tmp_path))
     (tmp_path / save(steps, 3)).rename(tmp_path / "step-000000000004")
