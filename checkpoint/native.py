@@ -42,7 +42,6 @@ LATEST = None  # the newest name is the latest
 NAME = re.compile(r"step-(\d{12})(\.\d{6,})?")  # the generation, where a store cannot rename
 _CRC, _XXH = 4, 32  # bytes of the one, hexadecimal digits of the other
 _ABSENT = (1 << 64) - 1
-_BACK = 1 << 22  # bytes read back at a time: new memory for all would cost as much as the reading
 _AT_ONCE = 8  # small files: to wait for a store is all that each costs
 
 Bytes = NDArray[np.uint8]
@@ -118,22 +117,31 @@ class Shard:
         """Fill `out` with elements from `start` on, from the chunks that have any of them."""
         stop, chunks, record = start + len(out), self.chunks, self.record
         wanted = [at for at, (begin, end) in enumerate(chunks) if begin < stop and end > start]
-        footer = self.footer(len(chunks)) if len(wanted) == len(chunks) else b""
-        file = np.empty(len(wanted) * record + len(footer), dtype=np.uint8)
-        store.read_into(self.name, wanted[0] * record, file)
-        if footer and (size := store.size(self.name)) != len(file):
-            raise self._corrupt(store, min(size, len(file)), f"{size} bytes are in the file")
-        if file[len(wanted) * record :].tobytes() != footer:
-            raise self._corrupt(store, len(wanted) * record, "the index is not what was written")
-        raw, width = out.view(np.uint8), out.dtype.itemsize
-        for at, row in zip(wanted, self.rows(file, len(wanted)), strict=True):
-            crc = digest[_XXH + 2 * _CRC * at :][: 2 * _CRC]
-            if not _crc(row[:-_CRC]).hex() == crc == row[-_CRC:].tobytes().hex():
-                raise self._corrupt(store, at * record, f"chunk {at} is not what was written")
-            begin, end = max(chunks[at][0], start), min(chunks[at][1], stop)
-            part = row[(begin - chunks[at][0]) * width :][: (end - begin) * width]
-            raw[(begin - start) * width : (end - start) * width] = part
-        if len(out) == self.stop - self.start and shard_digest(out) != digest[:_XXH]:
+        raw, width, count = out.view(np.uint8), out.dtype.itemsize, max(store.PIECE // record, 1)
+        file = np.empty(min(count, len(wanted)) * record, dtype=np.uint8)
+        for first in range(0, len(wanted), count):
+            rows = self.rows(file, len(wanted[first : first + count]))
+            store.read_into(self.name, wanted[first] * record, rows.reshape(-1))
+            for at, row in zip(wanted[first:], rows, strict=False):
+                crc = digest[_XXH + 2 * _CRC * at :][: 2 * _CRC]
+                if not _crc(row[:-_CRC]).hex() == crc == row[-_CRC:].tobytes().hex():
+                    raise self._corrupt(store, at * record, f"chunk {at} is not what was written")
+                begin, end = max(chunks[at][0], start), min(chunks[at][1], stop)
+                part = row[(begin - chunks[at][0]) * width :][: (end - begin) * width]
+                raw[(begin - start) * width : (end - start) * width] = part
+        if len(out) == self.stop - self.start:
+            self._check_whole(store, digest, out)
+
+    def _check_whole(self, store: Store, digest: str, values: Values) -> None:
+        count = len(self.chunks)
+        at, footer = count * self.record, self.footer(count)
+        found = np.empty(len(footer), dtype=np.uint8)
+        store.read_into(self.name, at, found)
+        if found.tobytes() != footer:
+            raise self._corrupt(store, at, "the index is not what was written")
+        if (size := store.size(self.name)) != at + len(footer):
+            raise self._corrupt(store, at + len(footer), f"{size} bytes are in the file")
+        if shard_digest(values) != digest[:_XXH]:
             raise self._corrupt(store, 0, "it is not what the manifest says")
 
     def rows(self, file: Bytes, count: int) -> Bytes:
@@ -167,9 +175,9 @@ def write_shard(store: Store, array: Array, index: int, values: Values) -> str:
     assert values.shape == (shard.stop - shard.start,), f"{array.key}: {values.shape}"
     file, digest = shard.encode(values)
     store.write(shard.name, file)
-    back = np.empty(min(len(file), _BACK), dtype=np.uint8)
-    for at in range(0, len(file), _BACK):
-        expected = file[at : at + _BACK]
+    back = np.empty(min(len(file), store.PIECE), dtype=np.uint8)
+    for at in range(0, len(file), store.PIECE):
+        expected = file[at : at + store.PIECE]
         try:
             store.read_into(shard.name, at, back[: len(expected)])
         except Corrupt as error:

@@ -22,6 +22,8 @@ Data = bytes | NDArray[np.uint8]
 class Store(Protocol):
     """Files by names whose parts are separated by "/"; safe to use from several threads."""
 
+    PIECE: int  # bytes that are best read by one call: more memory, or more requests
+
     def place(self, name: str) -> Path | str:
         """What a person finds the file by."""
         ...
@@ -62,6 +64,8 @@ class Store(Protocol):
 
 class Directory(Folder):
     """See `Store`."""
+
+    PIECE = 1 << 22
 
     def children(self, name: str = "") -> list[str]:
         """See `Store`."""
@@ -109,6 +113,8 @@ class Directory(Folder):
 
 class Bucket:
     """See `Store`; `url` is one of fsspec's: s3://bucket/prefix, gs://..."""
+
+    PIECE = 1 << 26
 
     def __init__(self, url: str) -> None:
         from fsspec.core import url_to_fs
