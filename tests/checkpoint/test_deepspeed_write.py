@@ -63,44 +63,51 @@ class Load:
 LOADS = [
     Load(start="z1", stage=1, world=2),
     Load(start="z1", stage=3, world=2),
-    Load(start="z3", stage=2, world=2),
     Load(start="z3_sub_groups", stage=3, world=2, zero={"sub_group_size": 900}),
-    Load(start="z1_aligned", stage=1, world=2),
     Load(start="z1_bf16_optimizer", stage=1, world=2),
-    Load(start="z1_bf16", stage=3, world=3),
     Load(start="z2_round_robin", stage=2, world=3),
     Load(start="z3_bf16_w3", stage=1, world=2),
-    Load(start="z1_sgd", stage=1, world=3),
-    Load(start="z1", stage=1, world=2, universal=True),
     Load(start="z1", stage=3, world=2, universal=True),
-    Load(start="z3_bf16_w3", stage=3, world=2, universal=True),
     Load(start="z3", stage=2, world=3, universal=True),
+]
+MORE = [
+    Load(start="z3", stage=2, world=2),
+    Load(start="z1_aligned", stage=1, world=2),
+    Load(start="z1_bf16", stage=3, world=3),
+    Load(start="z1_sgd", stage=1, world=3),
+    Load(start="z1_w4", stage=2, world=4),
+    Load(start="z2_round_robin", stage=1, world=2),
+    Load(start="z1", stage=1, world=2, universal=True),
+    Load(start="z3_bf16_w3", stage=3, world=2, universal=True),
 ]
 
 
 @pytest.fixture(scope="session")
-def loaded(deepspeed_saves: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Load, Path]:
-    """What every engine of `LOADS` had and did."""
+def loaded(
+    request: pytest.FixtureRequest, deepspeed_saves: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What every engine had and did, by the name of the load; of those that tests will look at."""
     directory, jobs = tmp_path_factory.mktemp("loaded"), []
+    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    loads = {str(call["load"]): call["load"] for call in calls if "load" in call}
     # ZeRO 3 replaces torch's linear function for the rest of the process, which rounds otherwise.
-    for load in sorted(LOADS, key=lambda load: load.stage):
+    for name, load in sorted(loads.items(), key=lambda pair: pair[1].stage):
         source = deepspeed.open(deepspeed.find(deepspeed_saves / load.start))
         source.contents.facts["ds_config"]["zero_optimization"].update(load.zero)
-        into, form = directory / "of" / str(load), universal if load.universal else deepspeed_write
+        into, form = directory / "of" / name, universal if load.universal else deepspeed_write
         written(source, into, form, ranks=load.world, stage=load.stage)
-        jobs.append(runs.resume(load.case, into, directory / str(load), load.universal))
+        jobs.append(runs.resume(load.case, into, directory / name, load.universal))
     runs.run(jobs)
-    return {load: directory / str(load) for load in LOADS}
+    return directory
 
 
-Load.__hash__ = lambda self: hash(str(self))  # type: ignore[method-assign]
-
-
-@pytest.mark.parametrize("load", LOADS, ids=str)
+@pytest.mark.parametrize(
+    "load", [*LOADS, *(pytest.param(load, marks=pytest.mark.long) for load in MORE)], ids=str
+)
 def test_deepspeed_loads_every_bit_and_trains_on(
-    loaded: dict[Load, Path], deepspeed_saves: Path, load: Load
+    loaded: Path, deepspeed_saves: Path, load: Load
 ) -> None:
-    here, there = loaded[load], deepspeed_saves / load.start
+    here, there = loaded / str(load), deepspeed_saves / load.start
     facts, expected = runs.facts(here), runs.facts(there)
     assert "error" not in facts
     arrays, truth = runs.truth(here), runs.truth(there)
@@ -119,10 +126,16 @@ def test_deepspeed_loads_every_bit_and_trains_on(
         k: expected[k] for k in ("global_steps", "lr_scheduler")
     }
     assert facts["client_state"] == runs.CLIENT
-    if load.case.world == runs.CASES[load.start].world and not load.universal:
+    case = runs.CASES[load.start]
+    if load.universal or load.world != case.world:
+        return
+    # Another stage adds up the gradients of more than two ranks in another order.
+    if load.stage == case.stage or (load.world == 2 and not case.bf16):
         assert facts["losses"] == expected["losses"]
         after, before = runs.truth(here, "after"), runs.truth(there, "after")
         assert [key for key in before if not same(after[key], before[key])] == []
+    else:
+        assert facts["losses"] == pytest.approx(expected["losses"], rel=1e-6)
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:

@@ -74,6 +74,7 @@ def test_slices_of_tensor_ranks_are_put_together(parallel: Path, stage: int) -> 
     assert digests(again) == expected
 
 
+@pytest.mark.long
 def test_deepspeed_cuts_what_is_written_here_for_its_tensor_ranks(parallel: Path) -> None:
     expected = {}
     for stage in (1, 3):
