@@ -68,6 +68,9 @@ def disagreements(source: Source) -> Iterator[str]:
     for label, other in source.others.items() if isinstance(source, DeepSpeedSource) else ():
         for array in other.contents.arrays:
             mine = source.contents.by_key.get(f"{PARAM}/{array.name}", array)
+            if mine.shape != array.shape:
+                yield f"{mine.key} {mine.shape} is {array.shape} in {label}"
+                continue
             count = 0
             for start, stop in grid(array.shape).shards():
                 a = cast(source.read(mine, start, stop), array.dtype)
@@ -118,12 +121,14 @@ class _Reader:
             if self.states
             else Plain(self.folder, self.model, note)
         )
+        if optimizer.partitioned != self.model.state.name.startswith("zero_"):
+            raise self.model.state.wrong("its name is not that of the optimizer's ZeRO stage")
         groups = optimizer.add_to(self.slices)
         trained = {name for group in groups for name in group.names}
         self._frozen(trained, optimizer.partitioned)
         for name in self.model.buffers:
             _whole(self.slices, BUFFER, name, [self.model])
-        others = self._others([] if optimizer.partitioned else trained)
+        others = self._others([] if optimizer.partitioned else trained & {*self.model.module})
         if unused := self.merges.unused():
             raise self.model.state.wrong(f"patterns that match no parameter: {sorted(unused)}")
         contents = Contents(
@@ -172,7 +177,7 @@ class _Reader:
     def _others(self, trained: Iterable[str]) -> dict[str, Slices]:
         """What is stored twice, by where."""
         found = {"the module's weights": Slices(self.merges)}
-        for name in trained:
+        for name in sorted(trained):
             _whole(found["the module's weights"], FROZEN, name, [row[0] for row in self.models])
         for model in [model for row in self.models for model in row][1:]:
             found[model.state.name] = Slices(Merges(1, {}))

@@ -82,8 +82,7 @@ class Zero:
         self, folder: Folder, models: list[list[Model]], states: list[list[State]], note: Note
     ) -> None:
         self._models, self._states, self._first = models, states, states[0][0]
-        self.ranks, kind = len(states[0]), self._first.values.get("zero_stage", 1)
-        self.stage = kind.args[0] if isinstance(kind, Opaque) and kind.args else kind
+        self.ranks, self.stage = len(states[0]), _stage(self._first)
         self.partitioned = self.stage == 3
         self._groups = Groups(folder, self._base(self._first), note)
         for state in (state for row in states for state in row):
@@ -100,10 +99,8 @@ class Zero:
 
     def _check(self, state: State) -> None:
         """A rank's file has to be of the save and the layout of rank 0's."""
-        if state.values.get("zero_stage") is not None:
-            kind = state.values["zero_stage"]
-            if (kind.args[0] if isinstance(kind, Opaque) and kind.args else kind) != self.stage:
-                raise state.wrong("is of another ZeRO stage than rank 0's")
+        if _stage(state) != self.stage:
+            raise state.wrong("is of another ZeRO stage than rank 0's")
         self._groups.compare(self._base(state))
         counts = state.values.get("partition_count")
         if any(n != self.ranks for n in (counts if isinstance(counts, list) else [counts])):
@@ -197,6 +194,15 @@ class Zero:
                     f"{padding} of padding"
                 )
         return shard
+
+
+def _stage(state: State) -> int:
+    """The ZeRO stage of a rank's state; BF16_Optimizer, which is of stage 1, does not say it."""
+    kind = state.values.get("zero_stage", 1)
+    stage = kind.args[0] if isinstance(kind, Opaque) and kind.args else kind
+    if not isinstance(stage, int) or stage not in (1, 2, 3):
+        raise state.wrong(f"zero_stage is {stage!r}")
+    return stage
 
 
 class Plain:

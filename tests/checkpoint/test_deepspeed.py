@@ -206,6 +206,13 @@ def test_weights_of_another_step_are_told(deepspeed_saves: Path, tmp_path: Path)
     assert any(line.startswith("param/embed.weight: ") for line in told)
     assert all("are others in the module's weights" in line for line in told)
 
+    def other(root: Any) -> None:
+        root["module"]["embed.weight"] = root["module"]["fixed.weight"]
+
+    rewritten(at / "mp_rank_00_model_states.pt", other)
+    told = list(deepspeed.disagreements(deepspeed.open(at)))
+    assert "param/embed.weight (61, 32) is (32, 32) in the module's weights" in told
+
 
 # ---- hostile files
 
