@@ -89,7 +89,9 @@ class Folder:
         """A duplicate, so that no other thread closes it meanwhile."""
         with self._lock:
             if name not in self._files:
-                self._files[name] = os.open(self.place(name), os.O_RDONLY | os.O_CLOEXEC)
+                # A pipe in place of a file would block for ever.
+                flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+                self._files[name] = os.open(self.place(name), flags)
                 while len(self._files) > _OPEN:
                     os.close(self._files.popitem(last=False)[1])
             self._files.move_to_end(name)

@@ -1,6 +1,7 @@
 """The native format: what it wrote is read back, also by zarr, and any other byte is an error."""
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -269,7 +270,12 @@ def leave(path: Path) -> None:
     path.symlink_to(outside)
 
 
-@pytest.mark.parametrize("harm", [unlink, cut_off, lengthen, absent, leave])
+def wait(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("harm", [unlink, cut_off, lengthen, absent, leave, wait])
 @pytest.mark.parametrize("name", ["param/w/c.0.0", "param/w/zarr.json", "zarr.json"])
 def test_what_is_not_whole_is_refused(
     tmp_path: Path, harm: Callable[[Path], None], name: str
