@@ -135,7 +135,8 @@ class _Reader:
     def _parameter(self, name: str, shape: Shape) -> dict[str, float]:
         """Find a parameter's arrays; what the optimizer has counted for it."""
         folder, base = self.folder, f"zero/{name}"
-        self.folder.place(base)  # before it is a pattern of files
+        if not _is_directory(name):
+            raise self.model.state.wrong(f"{name[:99]!r} as the name of a parameter")
         found = [file[len(base) + 1 : -3] for file in folder.names(f"{escape(base)}/*.pt")]
         for role in ["fp32", *sorted({*found} - {"fp32", "step"})]:
             file = f"{base}/{role}.pt"
@@ -253,8 +254,8 @@ def plan(source: Source, directory: Path, wanted: Wanted) -> list[Item]:
     }
     for group, names in model.groups:
         for name in names:
-            if name in (".", "..") or not name.isprintable() or "/" in name:
-                raise Misuse(f"a parameter {name!r} cannot be a directory of this format")
+            if not _is_directory(name):
+                raise Misuse(f"a parameter {name[:99]!r} cannot be a directory of this format")
             tags = patterns.tags(name, model.shapes[name])
             if "sub_param_shape" in tags:
                 tags["sub_param_shape"] = Opaque(_SUB_PARAMETERS, (), tags["sub_param_shape"])
@@ -266,6 +267,12 @@ def plan(source: Source, directory: Path, wanted: Wanted) -> list[Item]:
             if "step" in group.scalars:
                 files[f"zero/{name}/step.pt"] = partial(_step, model, group)
     return [zero.item(source, directory, name, build) for name, build in files.items()]
+
+
+def _is_directory(name: str) -> bool:
+    """Whether the name of a parameter can be that of a directory, anywhere."""
+    plain_text = name.isprintable() and "/" not in name and name not in ("", ".", "..")
+    return plain_text and len(name.encode()) < 256
 
 
 def _body(array: Array, shape: Shape, tags: dict[str, Any], tensors: zero.Tensors) -> zero.State:

@@ -167,6 +167,23 @@ def test_round_trips_are_bitwise(deepspeed_saves: Path, tmp_path: Path, start: s
             assert found.facts[key] == told.facts[key], key
 
 
+def test_planted_bugs_are_seen(
+    deepspeed_saves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of the flat buffer, and where in it a shard starts."""
+    source = deepspeed.open(deepspeed.find(deepspeed_saves / "z2_round_robin"))
+    with monkeypatch.context() as bug:
+        bug.setattr(deepspeed_write, "round_robin", lambda count, ranks: [*range(count)])
+        place = written(source, tmp_path / "order", deepspeed_write, ranks=2, stage=2)
+    assert deepspeed.open(place).contents.groups != source.contents.groups
+    shard = deepspeed_write.Tensors.shard
+    with monkeypatch.context() as bug:
+        bug.setattr(deepspeed_write.Tensors, "shard", lambda tensors, role, cut, rank, *more: shard(
+            tensors, role, cut, 0, *more))  # fmt: skip
+        place = written(source, tmp_path / "shard", deepspeed_write, ranks=2, stage=3)
+    assert digests(deepspeed.open(place)) != digests(source)
+
+
 @pytest.mark.parametrize("form", [deepspeed_write, universal])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -2,6 +2,7 @@
 
 import os
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import deepspeed_runs as runs
@@ -13,6 +14,7 @@ from test_deepspeed_write import digests, same, written
 
 from outlast.checkpoint.contents import UNTRAINED
 from outlast.checkpoint.formats import deepspeed, deepspeed_write, universal
+from outlast.checkpoint.items import Wanted
 from outlast.cluster.errors import Corrupt, Misuse
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -104,6 +106,26 @@ def test_what_contradicts_itself_is_refused(tmp_path: Path) -> None:
         universal.open(place)
     (tmp_path / universal.LATEST).write_text("../" + place.name)
     assert universal.find(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 256, "../x", "a/b", ".", ""])
+def test_a_name_that_is_no_directory_is_refused(tmp_path: Path, name: str) -> None:
+    place, source = written(held(), tmp_path, universal), held()
+    contents = source.contents
+    renamed = held(
+        arrays=tuple(replace(a, name=name) if a.name == "scale" else a for a in contents.arrays),
+        groups=tuple(
+            replace(g, names=tuple(name if n == "scale" else n for n in g.names))
+            for g in contents.groups
+        ),
+    )
+    with pytest.raises(Misuse, match="directory"):
+        universal.plan(renamed, place, Wanted())
+    model = deepspeed_write.Model(renamed, 2, 1)
+    file = "mp_rank_00_model_states.pt"
+    deepspeed_write.item(renamed, place, file, model.whole).make(lambda size: None)
+    with pytest.raises(Corrupt, match="as the name"):
+        universal.open(place)
 
 
 @pytest.mark.parametrize("seed", range(40))
