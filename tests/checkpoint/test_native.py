@@ -230,7 +230,8 @@ def test_any_flipped_byte_is_found(tmp_path: Path) -> None:
     truth, generator = small(), random.Random(0)
     write(truth, tmp_path)
     for name, whole in files(tmp_path).items():
-        for at in range(len(whole)):
+        step = 3 if name.endswith(".json") else 1
+        for at in range(generator.randrange(step), len(whole), step):
             flip(tmp_path / name, at, 1 << generator.randrange(8))
             with pytest.raises(Corrupt, match=r"at byte \d+") as error:
                 check(tmp_path, truth)
