@@ -3,6 +3,7 @@
 `--flaw NAME` plants a mistake: some make results depend on the rank, others are misuse."""
 
 import argparse
+import errno
 import os
 import re
 import threading
@@ -11,8 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
 import torch.nn.functional as F
+from fsspec.implementations.local import LocalFileSystem
 from torch import nn, optim
 
 import outlast
@@ -57,6 +60,25 @@ class TinyGPT(nn.Module):
         return logits
 
 
+class MoodyStore(LocalFileSystem):
+    """moody:///directory: what the file that `--mood` names says: "hangs" or "full", or well."""
+
+    protocol = "moody"
+    mood = Path()
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(str(path).removeprefix("moody://")))
+
+    def pipe_file(self, path: str, value: bytes, **options: Any) -> None:
+        while (mood := self.mood.read_text() if self.mood.is_file() else "") == "hangs":
+            time.sleep(0.02)
+        if mood == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.makedirs(self._parent(path), exist_ok=True)
+        super().pipe_file(path, value, **options)
+
+
 class Lamb(optim.SGD):
     """Not element-wise."""
 
@@ -83,6 +105,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pause", type=float, default=0.0, help="seconds of a leaf")
     parser.add_argument("--pace", type=Path, help="file with the pause, as long as it is there")
     parser.add_argument("--spot-check", type=int, default=0)
+    parser.add_argument("--mood", type=Path, help="see MoodyStore")
     parser.add_argument("--flaw", default="")
     return parser.parse_args()
 
@@ -128,6 +151,9 @@ def go_wrong(flaw: str, step: int, pause: float) -> None:
 def main() -> None:
     options, data = arguments(), dataset()
     flaw = options.flaw
+    if options.mood:
+        MoodyStore.mood = options.mood
+        fsspec.register_implementation("moody", MoodyStore)
     run = outlast.init(seed=3, leaves=6 if flaw == "six leaves" else LEAVES)
     model = prepare(run, options)
     if flaw == "prepare twice":
