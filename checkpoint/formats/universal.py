@@ -79,6 +79,7 @@ class _Reader:
         self.models = [Model.read(folder, name) for name in names]
         self.model = self.models[0]
         self.partitioned = names[0].startswith("zero_pp_rank_")
+        self.tensors = len({name.rpartition("mp_rank_")[2] for name in names})
         place = folder.path / _OPTIMIZER
         self.optimizer = State(place, read(folder, _OPTIMIZER), _OPTIMIZER)
         self.counts = "tensor"  # what the step is: DeepSpeed's Adam has integers
@@ -91,7 +92,10 @@ class _Reader:
         steps = {m.state.get("global_steps", int) for m in self.models}
         if len(steps) > 1:
             raise state.wrong(f"the model files beside it are of the steps {sorted(steps)}")
-        groups = [self._group(index, plain) for index, plain in enumerate(self._declared())]
+        groups = [self._group(index, told) for index, told in enumerate(self._declared())]
+        named = {name for group in groups for name in group.names}
+        if lost := [n for m in self.models for part in m.trained for n in part if n not in named]:
+            raise self.optimizer.wrong(f"{lost[0][:99]} is in none of the parameter groups")
         self._untrained()
         source = {"format": "universal", "step": self.counts}
         facts = model.facts(self.left_out.append) | {"source": source}
@@ -138,6 +142,8 @@ class _Reader:
         if not _is_directory(name):
             raise self.model.state.wrong(f"{name[:99]!r} as the name of a parameter")
         found = [file[len(base) + 1 : -3] for file in folder.names(f"{escape(base)}/*.pt")]
+        if odd := {PARAM, *UNTRAINED} & {*found}:
+            raise corrupt(folder.path / base, 0, f"{sorted(odd)} are no states of an optimizer")
         for role in ["fp32", *sorted({*found} - {"fp32", "step"})]:
             file = f"{base}/{role}.pt"
             body = read(folder, file)
@@ -157,7 +163,7 @@ class _Reader:
         """That of the model, which ZeRO 3 flattens, if it is not a tensor rank's slice."""
         if ref.numel == prod(shape):
             return shape
-        if len(self.models) == 1 or self.partitioned:
+        if self.tensors == 1:
             note = f"{name}: the padding of its vocabulary, {shape} to {ref.shape}, is not there"
             if note not in self.left_out:
                 self.left_out.append(note)
@@ -184,16 +190,16 @@ class _Reader:
         """Buffers, and what is frozen, of which every rank of ZeRO 3 has a part."""
         model, trained = self.model, {array.name for array in self.arrays.values()}
         rest = [name for name in model.rest if name not in trained]
-        if self.partitioned:
+        if self.tensors > 1 and rest:
+            self.left_out.append(
+                f"{', '.join(rest)}: slices of {self.tensors} tensor-parallel ranks, which are not "
+                "merged: convert the checkpoint that this one was made from"
+            )
+        elif self.partitioned:
             for name, shape in model.frozen.items():
                 self._frozen(name, shape)
             if lost := [name for name in rest if name not in model.frozen]:
                 self.left_out.append(f"the checkpoint has no values of {', '.join(lost)}")
-        elif rest and len(self.models) > 1:
-            self.left_out.append(
-                f"{', '.join(rest)}: slices of {len(self.models)} tensor-parallel ranks, which "
-                "are not merged: convert the checkpoint that this one was made from"
-            )
         else:
             for name in rest:
                 self._whole(FROZEN, name)

@@ -1,6 +1,7 @@
 """DeepSpeed's own universal checkpoints: of all its stages, and of tensor-parallel ranks."""
 
 import os
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,7 @@ def test_slices_of_tensor_ranks_are_put_together(parallel: Path, stage: int) -> 
     expected = digests(theirs)
     assert {array.role for array in native.contents.arrays} >= {"param", "exp_avg", "exp_avg_sq"}
     assert digests(native) == expected
+    assert theirs.contents.left_out == native.contents.left_out == ()
     assert theirs.contents.by_key["param/blocks.0.wide.weight"].shape == (27, 16)
     assert theirs.contents.groups == native.contents.groups
     # What is written for one tensor-parallel rank still tells DeepSpeed's converter what is what.
@@ -101,8 +103,20 @@ def test_what_contradicts_itself_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Corrupt, match="different steps"):
         universal.open(place)
     step.write_bytes(kept)
-    (place / "zero" / "scale" / "fp32.pt").unlink()
+    lost = step.with_name("fp32.pt").rename(step.with_name("fp32"))
     with pytest.raises(Corrupt, match=r"fp32\.pt"):
+        universal.open(place)
+    lost.rename(step.with_name("fp32.pt"))
+    shutil.copy(step, step.with_name("buffer.pt"))
+    with pytest.raises(Corrupt, match="no states"):
+        universal.open(place)
+    step.with_name("buffer.pt").unlink()
+    model = deepspeed_write.Model(held(), 2, 1)
+    common = model.common() | {"param_groups": model.hyper()[:1]}
+    deepspeed_write.item(held(), place, "zero/optimizer_state.pt", lambda tensors: common).make(
+        lambda size: None
+    )
+    with pytest.raises(Corrupt, match="none of the parameter groups"):
         universal.open(place)
     (tmp_path / universal.LATEST).write_text("../" + place.name)
     assert universal.find(tmp_path) is None
