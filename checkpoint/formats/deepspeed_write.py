@@ -152,11 +152,6 @@ class Model:
         self.facts = _decoded(contents.facts)
         self.config = _config(self.facts, contents.dtype, stage)
         self.stage, self.ranks = stage, ranks
-        if not contents.groups:
-            raise Misuse(
-                "there are no parameter groups, which ZeRO's files consist of: convert a checkpoint"
-                " that has its optimizer, or to safetensors"
-            )
         if ranks < 1:
             raise Misuse(f"{ranks} ranks cannot load a checkpoint: --ranks 1 or more")
         self.shapes = {array.name: array.shape for array in contents.of(PARAM)}
@@ -171,6 +166,11 @@ class Model:
             for group in contents.groups
             if (names := [name for name in group.names if sizes[name]])
         ]
+        if not self.groups:
+            raise Misuse(
+                "there are no groups of parameters, which ZeRO's files consist of: convert a "
+                "checkpoint that has its optimizer, or to safetensors"
+            )
         self.cuts: list[Cut] = []
         self.members: list[list[int]] = []  # of each group: its cuts
         self.order: list[list[str]] = []  # of each cut: its names

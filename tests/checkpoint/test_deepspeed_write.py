@@ -9,8 +9,10 @@ import deepspeed_runs as runs
 import numpy as np
 import pytest
 from held import held
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from outlast.checkpoint.contents import UNTRAINED, Array
+from outlast.checkpoint.contents import UNTRAINED, Array, Group
 from outlast.checkpoint.formats import deepspeed, deepspeed_write, universal
 from outlast.checkpoint.items import Wanted
 from outlast.checkpoint.source import Source, digest
@@ -201,7 +203,7 @@ def test_contents_of_any_source_come_back(
 
 
 def test_what_zero_cannot_hold_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Misuse, match="parameter groups"):
+    with pytest.raises(Misuse, match="no groups of parameters"):
         deepspeed_write.plan(held(groups=()), tmp_path, Wanted())
     with pytest.raises(Misuse, match="stage 0"):
         deepspeed_write.plan(held(), tmp_path, Wanted(stage=0))
@@ -249,3 +251,43 @@ def test_a_vocabulary_is_stripped_and_pieces_are_named(tmp_path: Path) -> None:
     assert any("wte.weight" in note and "padding" in note for note in found.left_out)
     array = Array("param", "wte.weight", (31, 8), "float32")
     assert universal.stored(array, source.contents, Wanted()).shape == (29, 8)
+
+
+SHAPES = st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=6)
+SHAPES = SHAPES.filter(lambda shapes: any(0 not in shape for shape in shapes))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes=SHAPES, ranks=st.integers(1, 7), stage=st.integers(1, 3), data=st.data())
+def test_any_shapes_come_back(
+    tmp_path_factory: pytest.TempPathFactory,
+    shapes: list[tuple[int, ...]],
+    ranks: int,
+    stage: int,
+    data: Any,
+) -> None:
+    """More ranks than elements, scalars, sub-groups of any size, groups of nothing."""
+    names = [f"p{index}" for index in range(len(shapes))]
+    roles = ("param", "exp_avg")
+    arrays = [Array(r, n, s, "float32") for r in roles for n, s in zip(names, shapes, strict=True)]
+    arrays = [a for a in arrays if a.role == "param" or a.numel]
+    cut = data.draw(st.integers(0, len(names)))
+    groups = [Group(tuple(part), {"lr": 0.1}, {"step": 2.0}) for part in (names[:cut], names[cut:])]
+    zero = {"sub_group_size": data.draw(st.integers(1, 9)), "round_robin_gradients": True}
+    source = held(
+        arrays=tuple(arrays), groups=tuple(groups), aliases={},
+        facts={"ds_config": {"zero_optimization": zero}},
+    )  # fmt: skip
+    form = data.draw(st.sampled_from([deepspeed_write, universal]))
+    place = written(source, tmp_path_factory.mktemp("any"), form, ranks=ranks, stage=stage)
+    found = (universal if form is universal else deepspeed).open(place)
+    # What has no elements is not trained, says DeepSpeed.
+    full = {array.key for array in arrays if array.numel}
+    assert {k: v for k, v in digests(found).items() if k in full} == {
+        k: v for k, v in digests(source).items() if k in full
+    }
+    assert {array.name: array.shape for array in found.contents.arrays} == dict(
+        zip(names, shapes, strict=True)
+    )
+    kept = [tuple(n for n in g.names if f"param/{n}" in full) for g in groups]
+    assert [group.names for group in found.contents.groups] == [names for names in kept if names]
