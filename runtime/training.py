@@ -167,8 +167,7 @@ class Training:
         self.norm = 0.0
         self.todo: list[int] = []
         self.nodes: list[tuple[Node, ...]] = []
-        self.untrained = Untrained(model.module)
-        self.durable = Durable(self)
+        self.untrained, self.durable = Untrained(model.module), Durable(self)
         self.now: Membership | None = None
         self.restored = 0  # step that this generation started from
 
@@ -298,16 +297,15 @@ class Training:
             "losses": self.stack.losses,
             "found": [[leaf, *values] for leaf, values in self.stack.found.items()],
             "seconds": self.leaf.seconds,
+            **self.durable.say(self.committed + 1),
         }
-        head |= self.durable.say(self.committed + 1)
         if self.ladder.average is not None:
             sizes = self.settings.grain, self.model.space
             head["squares"] = unit_squares(squares, now.reduced, *sizes)
-        body = squares.cpu().numpy().tobytes()
         heads: list[dict[str, Any]] = []
         grains: list[float] = []
         for payload in now.generation.communicator.gather_bytes(
-            json.dumps(head).encode() + b"\n" + body
+            json.dumps(head).encode() + b"\n" + squares.cpu().numpy().tobytes()
         ):
             text, _, sums = payload.partition(b"\n")
             heads.append(json.loads(text))

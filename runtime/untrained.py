@@ -37,7 +37,7 @@ class Untrained:
     def copy(self) -> list[tuple[Array, Values]]:
         """Every array with its present values, a vector."""
         return [
-            (array, _bytes(self._tensors[array.key]).cpu().clone().numpy()
+            (array, _bytes(self._tensors[array.key]).to("cpu", copy=True).numpy()
              .view(dtype_of(array.dtype)))
             for array in self.arrays
         ]  # fmt: skip
