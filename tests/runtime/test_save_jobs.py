@@ -124,6 +124,20 @@ def test_a_full_store_is_told_and_one_that_hangs_does_not_keep_the_job(
     assert check_listed(where)[0] == job.events("saved")[-1]["step"] < STEPS
 
 
+def test_a_store_that_hangs_does_not_keep_a_job_that_is_stopped(
+    start: Start, tmp_path: Path
+) -> None:
+    mood, where = tmp_path / "mood", tmp_path / "steps"
+    mood.write_text("hangs")
+    launch = (*saves(f"moody://{where}", "2"), "--shutdown-timeout", "3")
+    job = start(2, 1, *SLOW, "--mood", str(mood), launch=launch)
+    job.wait(lambda: job.events("save_skipped"), "a save that could not begin")
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.end() == 128 + signal.SIGUSR1, job.output
+    assert "not on storage within 3 s" in job.events("stopped")[0]["cause"]
+    assert check_listed(where) == []
+
+
 def test_a_loss_beyond_all_memory_goes_back_to_the_newest_save(
     start: Start, tmp_path: Path
 ) -> None:
