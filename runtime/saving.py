@@ -24,7 +24,6 @@ from outlast.checkpoint.every import Every
 from outlast.checkpoint.grid import grid
 from outlast.checkpoint.native import write_shard
 from outlast.checkpoint.steps import Draft, Steps
-from outlast.cluster.failpoint import reach
 from outlast.layout.layout import Layout
 from outlast.runtime.collectives import Communicator
 from outlast.runtime.errand import Errand, Wanted
@@ -117,7 +116,6 @@ class Save:
         """Copy the newest step, which may be overwritten afterwards; a collective."""
         state = self._training.state
         state.seal()
-        reach("stage", step=self.step)
         staging.fill(state.half, group)
         record = state.memory.record(state.half)
         assert record is not None, "it was sealed"
@@ -127,7 +125,6 @@ class Save:
 
     def write(self, wanted: Wanted) -> None:
         """All shards of this rank, and the note."""
-        reach("write", step=self.step)
         draft = self._draft = self._steps().draft(self.step, self._generation)
         digests: dict[str, dict[int, str]] = {}
         with closing(draft.store):
@@ -148,7 +145,6 @@ class Save:
 
     def publish(self, wanted: Wanted) -> None:
         """Complete the step, which all ranks have written; rank 0 does."""
-        reach("publish", step=self.step)
         assert self._draft is not None
         assert self._contents is not None
         with closing(self._draft.store):
