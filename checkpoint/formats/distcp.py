@@ -139,7 +139,7 @@ def from_note(
     """What `noted` was given, and the tensor of every array; Corrupt where they do not fit."""
     try:
         contents = Contents.from_json(json.loads(note))
-    except (ValueError, TypeError, LookupError, AttributeError) as cause:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as cause:
         raise corrupt(where, 0, f"the entry {NOTE!r} is damaged ({cause!r:.200})") from cause
     found = {array.key: tensors.get(key_of(array)) for array in contents.arrays}
     for array in contents.arrays:

@@ -51,7 +51,7 @@ def open(path: Path, follow: bool = False) -> Source:
     try:
         config = json.loads(folder.read(_CONFIG, 0, min(folder.size(_CONFIG), 1 << 20)))
         backend = config["sharded_backend"]
-    except (ValueError, LookupError, TypeError) as cause:
+    except (ValueError, LookupError, TypeError, RecursionError) as cause:
         raise corrupt(path / _CONFIG, 0, f"not Megatron's ({cause})") from cause
     if backend != "torch_dist":
         raise Misuse(f"{path} is in Megatron's format {backend!r}: save it as torch_dist")
@@ -62,13 +62,15 @@ def open(path: Path, follow: bool = False) -> Source:
         why = "its optimizer is tied to the ranks that saved it"
         raise Misuse(f"{path}: {why}: save with --dist-ckpt-optim-fully-reshardable")
     tensors = {_unchained(key): stored for key, stored in shards.tensors.items()}
-    if NOTE in common:
-        key_of = partial(_key, tensors)
-        contents, found = distcp.from_note(path / _COMMON, common[NOTE], tensors, key_of)
-    else:
-        contents, found = _concluded(common, shards.objects, tensors)
-        source = {"format": "megatron", "ranks": shards.ranks}
-        contents.facts["source"] = source
+    try:
+        if NOTE in common:
+            key_of = partial(_key, tensors)
+            contents, found = distcp.from_note(path / _COMMON, common[NOTE], tensors, key_of)
+        else:
+            contents, found = _concluded(common, shards.objects, tensors)
+            contents.facts["source"] = {"format": "megatron", "ranks": shards.ranks}
+    except (LookupError, TypeError, ValueError, AttributeError) as cause:
+        raise corrupt(path / _COMMON, 0, f"what it says makes no sense ({cause!r:.200})") from cause
     return PieceSource(folder, contents, {key: stored.pieces for key, stored in found.items()})
 
 
