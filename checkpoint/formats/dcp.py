@@ -129,7 +129,7 @@ def _groups(
     folder: Folder, shards: Shards, left_out: list[str]
 ) -> tuple[str, list[tuple[tuple[str, ...], dict[str, Any]]]]:
     """What is before "state." and "param_groups.", and every group's names and hyper-parameters."""
-    mark, told = "param_groups.", {}
+    mark, told = "param_groups.", dict[str, dict[str, Any]]()
     keys = [key for key in (*shards.objects, *shards.tensors) if mark in key]
     prefixes = {key[: key.index(mark)] for key in keys}
     if len(prefixes) > 1:

@@ -102,7 +102,7 @@ def read_shards(folder: Folder) -> Shards:
     try:
         told = dict(_state(root, "Metadata", "state_dict_metadata"))
         places = {
-            (key.state["fqn"], _shape(key.state.get("offset"))): info.state
+            (key.state["fqn"], key.state.get("offset")): info.state
             for key, info in root.state["storage_data"].items()
         }
         paths = dict(root.state.get("planner_data") or {})
@@ -125,7 +125,8 @@ def number(folder: Folder, stored: Stored) -> float | int:
         raise Corrupt(f"{folder.path}: a tensor {stored.shape} where a number belongs")
     (piece,), out = stored.pieces, np.empty(1, dtype_of(stored.dtype))
     folder.read_into(piece.file, piece.offset, out.view(np.uint8))
-    return out[0].item()
+    value: float | int = out[0].item()
+    return value
 
 
 def noted(contents: Contents) -> str:
@@ -155,10 +156,10 @@ def _state(made: Any, kind: str, key: str) -> Any:
     return made.state[key]
 
 
-def _shape(size: Any) -> Shape | None:
-    if size is not None and not (isinstance(size, Size) and all(type(n) is int for n in size)):
+def _shape(size: Any) -> Shape:
+    if not isinstance(size, Size) or any(type(n) is not int for n in size):
         raise TypeError("a size that is none")
-    return None if size is None else tuple(size)
+    return tuple(size)
 
 
 def _value(folder: Folder, info: Mapping[str, Any]) -> Any:

@@ -124,7 +124,8 @@ def _tensor(writer: _Writer, ref: TensorRef) -> None:
     writer.out.append(b"(")
     writer.put(("storage", Symbol(f"torch.{name}"), ref.key, "cpu", extent))
     writer.out.append(b"Q")
-    for part in (ref.start, tuple(ref.shape), ref.strides, False, OrderedDict()):
+    rest: tuple[Any, ...] = (ref.start, tuple(ref.shape), ref.strides, False, OrderedDict())
+    for part in rest:
         writer.put(part)
     if not typed:
         writer.put(Symbol(f"torch.{ref.dtype}"))

@@ -241,16 +241,16 @@ def append(
         padding = _padding(at, name)
         # As torch does it: sizes of 64 bits always, and padding as a field of its own.
         extra = struct.pack("<2H2Q2sH", 1, 16, size, size, b"FB", padding) + b"Z" * padding
-        fixed = (0, 0, 0, 0, 0, _WIDE, _WIDE, len(name))
-        file.write(_LOCAL.pack(b"PK\3\4", 45, *fixed, len(extra)) + name + extra)
+        sizes = (_WIDE, _WIDE, len(name))
+        file.write(_LOCAL.pack(b"PK\3\4", 45, 0, 0, 0, 0, 0, *sizes, len(extra)) + name + extra)
         for part in (data,) if data is not None else blocks[label]:
             crc = zlib.crc32(part, crc)
             file.write(part)
-        file.seek(base + at + 14)
+        file.seek(base + at + 14)  # of the checksum, which is known only now
         file.write(struct.pack("<I", crc))
         file.seek(0, os.SEEK_END)
-        fixed = (45, 45, 0, 0, 0, 0, crc, _WIDE, _WIDE, len(name), 28, 0, 0, 0, 0, _WIDE)
-        directory += _ENTRY.pack(b"PK\1\2", *fixed) + name
+        rest = (*sizes, 28, 0, 0, 0, 0, _WIDE)
+        directory += _ENTRY.pack(b"PK\1\2", 45, 45, 0, 0, 0, 0, crc, *rest) + name
         directory += struct.pack("<2H3Q", 1, 24, size, size, at)
     start, count = file.tell() - base, len(records)
     end = start + len(directory)
@@ -273,15 +273,14 @@ def length(value: Any) -> int:
 
 def _labelled(dumped: Dumped) -> dict[str, tuple[int, bytes | None]]:
     """Size and content of every record, in order; None for that of a storage."""
-    small = {
+    small: dict[str, bytes] = {
         "data.pkl": dumped.data, ".format_version": b"1", ".storage_alignment": b"64",
         "byteorder": b"little", "version": b"3\n",
     }  # fmt: skip
-    large = {
-        f"data/{key}": (extent * dtype_of(dtype).itemsize, None)
-        for key, (dtype, extent) in dumped.storages.items()
-    }
-    return {label: (len(data), data) for label, data in small.items()} | large
+    found: dict[str, tuple[int, bytes | None]] = {k: (len(v), v) for k, v in small.items()}
+    for key, (dtype, extent) in dumped.storages.items():
+        found[f"data/{key}"] = extent * dtype_of(dtype).itemsize, None
+    return found
 
 
 def _padding(at: int, name: bytes) -> int:
