@@ -1,5 +1,7 @@
 """Who writes which shard: each once, by one that holds much of it, evenly."""
 
+import doctest
+import importlib
 from itertools import pairwise
 
 import pytest
@@ -7,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outlast.checkpoint import grid as grids
-from outlast.checkpoint.writers import shards, writers
+from outlast.checkpoint.writers import parts, shards, writers
 from outlast.layout.layout import Layout, deal, replicate
 from outlast.layout.plan import plan
-from outlast.layout.run import Run, intersect, numel
+from outlast.layout.run import Run, canonical, intersect, numel
 from outlast.layout.space import Space, Tensor
 
 SHAPES = st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), min_size=1, max_size=8)
@@ -52,6 +54,27 @@ def test_every_shard_has_one_writer_that_can_have_it(
     assert not moves.missing
     if replicated:
         assert not len(moves), "everybody has everything"
+
+
+@pytest.mark.parametrize("name", ["every", "writers", "grid"])
+def test_examples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    failed, tried = doctest.testmod(importlib.import_module(f"outlast.checkpoint.{name}"))
+    assert tried
+    assert not failed
+
+
+@given(SHAPES, st.data())
+def test_parts_are_the_runs_cut_at_shards(
+    shapes: list[tuple[int, ...]], data: st.DataObject
+) -> None:
+    space = space_of(shapes)
+    cuts = sorted(data.draw(st.sets(st.integers(0, space.numel), max_size=8)))
+    runs = [Run.of(a, b) for a, b in list(pairwise(cuts))[::2]]
+    found = list(parts(space, runs))
+    assert canonical(run for _, run in found) == canonical(runs)
+    assert all(shard.run.start <= run.start and run.stop <= shard.run.stop for shard, run in found)
+    assert sum(run.numel for _, run in found) == numel(runs)
 
 
 def test_shards_tile_the_space_in_order() -> None:

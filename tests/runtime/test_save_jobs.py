@@ -149,4 +149,5 @@ def test_a_loss_beyond_all_memory_goes_back_to_the_newest_save(
     back = [event for event in job.events("recovered") if event["generation"] == 2]
     assert {rung for event in back for rung in event["rungs"]} == {"checkpoint"}
     assert {event["step"] for event in back} <= {event["step"] for event in job.events("saved")}
+    assert job.steps == list(range(1, STEPS + 1)), "each step once, also those made again"
     assert check_listed(where)[0] == STEPS

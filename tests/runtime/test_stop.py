@@ -102,20 +102,6 @@ def test_a_damaged_step_gives_way_to_the_one_before(start: Start, tmp_path: Path
     assert "remove it to start over" in job.output
 
 
-def test_a_loss_beyond_all_memory_goes_back_to_storage(start: Start, tmp_path: Path) -> None:
-    where, bare = checkpoints(tmp_path / "steps"), ("--parity", "0")
-    step = stopped(start(2, 1, *SLOW, launch=where), signal.SIGUSR1, 2)
-    job = start(3, 1, *SLOW, *bare, launch=where)
-    job.wait_for_step(step + 3)
-    job.kill_node("node2")
-    assert job.end() == 0, job.output
-    assert set(job.digests) == {alone(*SCRIPT)}
-    back = [event for event in job.events("recovered") if event["generation"] == 2]
-    assert {(event["step"], *event["rungs"]) for event in back} == {(step, "checkpoint")}
-    assert all(event["redone"] >= 3 for event in back)
-    assert job.steps == list(range(step + 1, STEPS + 1)), "each step once, also those made again"
-
-
 def test_storage_that_cannot_be_written_is_told(start: Start, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     job = start(2, 1, *SLOW, launch=checkpoints(tmp_path / "file"))
