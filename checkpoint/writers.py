@@ -84,4 +84,5 @@ def _within(layout: Layout, holder: int, edges: Ints) -> Ints:
     if not len(points):
         return np.zeros(len(edges) - 1, dtype=np.int64)
     # Held elements below an address: piecewise linear with slopes 0 and 1, so this is exact.
-    return np.diff(np.interp(edges, points, below)).astype(np.int64)
+    found: Ints = np.diff(np.interp(edges, points, below)).astype(np.int64)
+    return found

@@ -201,8 +201,8 @@ class Saving:
             if not (self._unclean and self._rank == 0):
                 return Phase.IDLE
             self._unclean = False
-            self._send(lambda wanted: self._steps().discard(), Phase.IDLE)
-            self._errand.wanted.drop()  # if it fails, so will the next save, and say why
+            tidy = self._send(lambda wanted: self._steps().discard(), Phase.IDLE)
+            tidy.wanted.drop()  # if it fails, so will the next save, and say why
             return Phase.BUSY
         return Phase.FAILED if errand.error else self._then
 
@@ -257,8 +257,10 @@ class Saving:
         if self._errand is not None:
             self._errand.wanted.drop()
 
-    def _send(self, work: Callable[[Wanted], None], then: Phase) -> None:
-        self._errand, self._then = Errand(work), then
+    def _send(self, work: Callable[[Wanted], None], then: Phase) -> Errand[None]:
+        errand = Errand(work)
+        self._errand, self._then = errand, then
+        return errand
 
     def _tell(self, event: str, **facts: Any) -> None:
         if self._rank == 0:
