@@ -113,7 +113,7 @@ def read_shards(folder: Folder) -> Shards:
                 objects[key] = _value(folder, places[key, None])
             else:
                 tensors[key] = _stored(folder, key, told[key], places)
-        ranks = {str(info["relative_path"]).split("_")[2] for info in places.values()}
+        ranks = {str(info["relative_path"]).rpartition("_")[0] for info in places.values()}
     except (LookupError, TypeError, ValueError, AttributeError) as cause:
         raise corrupt(where, 0, f"not the metadata of a checkpoint ({cause!r:.200})") from cause
     return Shards(tensors, objects, paths, len(ranks))

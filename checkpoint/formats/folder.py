@@ -55,9 +55,13 @@ class Folder:
     def size(self, name: str) -> int:
         """Bytes of a file; Corrupt where there is none."""
         try:
-            return self.place(name).stat().st_size
+            descriptor = self._descriptor(name)
         except OSError as cause:
             raise corrupt(self.path / name, 0, str(cause)) from cause
+        try:
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`; Corrupt where they are not there."""

@@ -1,6 +1,7 @@
 """Files of torch.save: torch's are read, torch reads ours, and no byte of them can lie."""
 
 import io
+import os
 import shutil
 import struct
 import zipfile
@@ -262,3 +263,9 @@ def test_links_do_not_lead_out(written: Path, tmp_path: Path) -> None:
     with pytest.raises(Corrupt, match="leads out"):
         read(Folder(tmp_path / "inside"), "a.pt")
     assert read(Folder(tmp_path / "inside", follow=True), "a.pt")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.pt")
+    with pytest.raises(Corrupt, match="not a zip file"):
+        read(Folder(tmp_path), "a.pt")
