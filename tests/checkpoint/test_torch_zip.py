@@ -7,6 +7,7 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,28 @@ def test_no_flipped_bit_changes_what_is_read(written: Path, name: str, at: int, 
         got = str(error)
     placed = isinstance(got, str) and got.startswith(f"{written / 'flipped' / name} at byte ")
     assert placed or got == everything(written, name)
+
+
+def test_a_record_is_checked_once_for_all_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(torch.arange(1 << 20), tmp_path / "a.pt")
+    folder, checked, check = ZipFolder(tmp_path), [], ZipFolder._check
+    ref = read(folder, "a.pt")
+
+    def count(self: ZipFolder, name: str, record: torch_zip.Record) -> None:
+        checked.append(record.name)
+        check(self, name, record)
+
+    def part(start: int) -> int:
+        out = np.empty(1 << 16, np.int64)
+        folder.read_into("a.pt", ref.offset + start * 8, out.view(np.uint8))
+        return int((out - start - np.arange(1 << 16)).any())
+
+    monkeypatch.setattr(ZipFolder, "_check", count)
+    with ThreadPoolExecutor(8) as pool:
+        assert not any(pool.map(part, range(0, 1 << 20, 1 << 16)))
+    assert checked == ["a/data/0"]
 
 
 def test_the_flip_would_be_seen_without_checksums(
