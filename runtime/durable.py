@@ -132,9 +132,9 @@ class Durable:
         votes = [head.get("save", unready) for head in heads]
         return self.saving.heed(votes, step) if self.every else None
 
-    def save_last(self, communicator: Communicator) -> None:
-        """The last step of a job that saves while it runs, before it ends."""
-        if self.every:
+    def end(self, communicator: Communicator) -> None:
+        """Wait for all ranks behind the last step; where all save while they run, save that, too."""
+        if all(communicator.gather_bytes(b"saves" if self.every else b"")):
             self.saving.finish(communicator, self._training.link.identity.timing.grace_s)
 
     def save_and_stop(self, communicator: Communicator) -> None:

@@ -221,9 +221,7 @@ class Run:
                 training.membership.redundancy.finish()
                 if failpoint.drilled():
                     self._tell_digest()
-                communicator = training.membership.generation.communicator
-                training.durable.save_last(communicator)
-                communicator.gather_bytes(b"")
+                training.durable.end(training.membership.generation.communicator)
             except _INTERRUPTED:
                 try:
                     self.recover()

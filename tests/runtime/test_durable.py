@@ -233,6 +233,14 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, name: str) -> None
         train(rewritten(tmp_path / "steps", change), 4)
 
 
+def test_a_node_without_the_flag_is_told_of(tmp_path: Path) -> None:
+    run, _, link = train(tmp_path, 1)
+    durable = run.training.durable
+    assert durable.heed([durable.say(4), {}], 4) is None
+    skipped = [message for message in link.told if message.get("event") == "save_skipped"]
+    assert [(message["step"], message["ranks"]) for message in skipped] == [(4, [1])]
+
+
 def test_a_step_that_one_rank_does_not_see_is_not_passed_over(tmp_path: Path) -> None:
     run, _, _ = train(tmp_path / "none", 1)
 
