@@ -5,9 +5,9 @@
                                        c.0.0       a shard: chunks, each with its CRC-32C, index
                       manifest.json      what is in it, with a digest per shard; written last
 
-The files are encoded here and not by zarr-python: an interval can so be read and written from
-several threads at once, a chunk that is missing is an error and never zeros, and errors name the
-byte. A shard has one writer, is written whole, once, and is read back.
+zarr-python writes and reads the shards, each of which has one writer, is written whole, once, and
+is read back. It does not tell what is missing from zeros, nor where a file is wrong: the manifest
+has the sum of every chunk, and with those both is found here.
 """
 
 import json
@@ -25,7 +25,6 @@ from urllib.parse import quote
 
 import google_crc32c
 import numpy as np
-from numpy.typing import NDArray
 
 from outlast.checkpoint.contents import Array, Contents
 from outlast.checkpoint.dtypes import Values, dtype_of
@@ -41,10 +40,8 @@ MANIFEST, GROUP = "manifest.json", "zarr.json"
 LATEST = None  # the newest name is the latest
 NAME = re.compile(r"step-(\d{12})(\.\d{6,})?")  # the generation, where a store cannot rename
 _CRC, _XXH = 4, 32  # bytes of the one, hexadecimal digits of the other
-_ABSENT = (1 << 64) - 1
+_AXES = 31  # of any numpy, and one is zarr's
 _AT_ONCE = 8  # small files: to wait for a store is all that each costs
-
-Bytes = NDArray[np.uint8]
 
 
 def name_of(contents: Contents) -> str:
@@ -57,10 +54,9 @@ def name_of(contents: Contents) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Shard `index` of an array: its elements [start, stop), and what is where in its file.
+    """Shard `index` of an array: its elements [start, stop), and what its file has.
 
-    Its chunks have one size, also the one at the edge, and follow each other from byte 0 on. Those
-    that would lie outside of the array altogether are the last ones and are absent.
+    Its chunks have one size, also the one at the edge, and each is an interval of the elements.
     """
 
     array: Array
@@ -81,11 +77,15 @@ class Shard:
         return f"{node(self.array)}/{'.'.join(['c', *map(str, self.at)])}"
 
     @property
+    def extent(self) -> tuple[int, ...]:
+        """Shape of the part of the array that it has."""
+        axes = zip(self.cut.shape, self.cut.shard, self.at, strict=True)
+        return tuple(min(size, whole - at * size) for whole, size, at in axes)
+
+    @property
     def chunks(self) -> list[tuple[int, int]]:
         """Elements [start, stop) of the array in each of its chunks."""
-        axes = zip(self.cut.shape, self.cut.shard, self.at, strict=True)
-        extent = tuple(min(size, whole - at * size) for whole, size, at in axes)
-        inner = Grid(extent, self.cut.chunk, self.cut.chunk).shards()
+        inner = Grid(self.extent, self.cut.chunk, self.cut.chunk).shards()
         return [(self.start + begin, self.start + end) for begin, end in inner]
 
     @property
@@ -93,63 +93,103 @@ class Shard:
         """Bytes of one chunk and its CRC."""
         return prod(self.cut.chunk) * dtype_of(self.array.dtype).itemsize + _CRC
 
-    def footer(self, count: int) -> bytes:
-        """The index of `count` chunks, which the shape fixes, and its checksum."""
+    @property
+    def size(self) -> int:
+        """Bytes of its file: the chunks, and zarr's index of them with a CRC of its own."""
         slots = prod(s // c for s, c in zip(self.cut.shard, self.cut.chunk, strict=True))
-        index = np.full((slots, 2), _ABSENT, dtype="<u8")
-        index[:count] = [(at * self.record, self.record) for at in range(count)]
-        return index.tobytes() + _crc(index.reshape(-1).view(np.uint8))
+        return len(self.chunks) * self.record + (16 * slots + _CRC if self.cut.shape else 0)
 
-    def encode(self, values: Values) -> tuple[Bytes, str]:
-        """Its file and its digest: of all elements, then the CRC of every chunk."""
-        chunks, width, crcs = self.chunks, values.dtype.itemsize, b""
-        footer, raw = self.footer(len(chunks)), values.view(np.uint8)
-        file = np.zeros(len(chunks) * self.record + len(footer), dtype=np.uint8)
-        for row, (begin, end) in zip(self.rows(file, len(chunks)), chunks, strict=True):
-            part = raw[(begin - self.start) * width : (end - self.start) * width]
-            row[: len(part)] = part
-            crcs += _crc(row[:-_CRC])
-            row[-_CRC:] = np.frombuffer(crcs[-_CRC:], dtype=np.uint8)
-        file[-len(footer) :] = np.frombuffer(footer, dtype=np.uint8)
-        return file, shard_digest(values) + crcs.hex()
+    def digest(self, values: Values) -> str:
+        """Of its elements: of all, then the CRC of every chunk."""
+        parts = (values[begin - self.start : end - self.start] for begin, end in self.chunks)
+        return shard_digest(values) + "".join(map(self._sum, parts))
+
+    def _sum(self, part: Values) -> str:
+        """The CRC of a chunk, which zeros fill up at the edge."""
+        raw = part.view(np.uint8)
+        found = google_crc32c.value(raw)
+        if rest := self.record - _CRC - len(raw):
+            found = google_crc32c.extend(found, bytes(rest))
+        return int(found).to_bytes(_CRC, "little").hex()
+
+    def write(self, store: Store, values: Values) -> None:
+        """Its file, whole, by one put."""
+        from outlast.checkpoint import zarr_array
+
+        count, plain = len(self.chunks), _array(self.array)
+        _, box = self._box(0, count, count)
+        with store.writing(self.name) as files:
+            stored = values.view(plain["data_type"])
+            zarr_array.write(files, node(self.array), plain, box, stored)
 
     def read(self, store: Store, digest: str, start: int, out: Values) -> None:
-        """Fill `out` with elements from `start` on, from the chunks that have any of them."""
-        stop, chunks, record = start + len(out), self.chunks, self.record
-        wanted = [at for at, (begin, end) in enumerate(chunks) if begin < stop and end > start]
-        raw, width, count = out.view(np.uint8), out.dtype.itemsize, max(store.PIECE // record, 1)
-        file = np.empty(min(count, len(wanted)) * record, dtype=np.uint8)
-        for first in range(0, len(wanted), count):
-            rows = self.rows(file, len(wanted[first : first + count]))
-            store.read_into(self.name, wanted[first] * record, rows.reshape(-1))
-            for at, row in zip(wanted[first:], rows, strict=False):
-                crc = digest[_XXH + 2 * _CRC * at :][: 2 * _CRC]
-                if not _crc(row[:-_CRC]).hex() == crc == row[-_CRC:].tobytes().hex():
-                    raise self._corrupt(store, at * record, f"chunk {at} is not what was written")
-                begin, end = max(chunks[at][0], start), min(chunks[at][1], stop)
-                part = row[(begin - chunks[at][0]) * width :][: (end - begin) * width]
-                raw[(begin - start) * width : (end - start) * width] = part
-        if len(out) == self.stop - self.start:
-            self._check_whole(store, digest, out)
-
-    def _check_whole(self, store: Store, digest: str, values: Values) -> None:
-        count = len(self.chunks)
-        at, footer = count * self.record, self.footer(count)
-        found = np.empty(len(footer), dtype=np.uint8)
-        store.read_into(self.name, at, found)
-        if found.tobytes() != footer:
-            raise self._corrupt(store, at, "the index is not what was written")
-        if (size := store.size(self.name)) != at + len(footer):
-            raise self._corrupt(store, at + len(footer), f"{size} bytes are in the file")
-        if shard_digest(values) != digest[:_XXH]:
+        """Fill `out` with elements from `start` on."""
+        for begin, values in self.pieces(store, digest, start, start + len(out)):
+            out[begin - start :][: len(values)] = values
+        whole = len(out) == self.stop - self.start
+        if whole and shard_digest(out) != digest[:_XXH]:
             raise self._corrupt(store, 0, "it is not what the manifest says")
 
-    def rows(self, file: Bytes, count: int) -> Bytes:
-        """The first chunks of a file with their CRCs, one a row."""
-        return file[: count * self.record].reshape(count, self.record)
+    def pieces(
+        self, store: Store, digest: str | None, start: int, stop: int
+    ) -> Iterator[tuple[int, Values]]:
+        """Elements [start, stop) in pieces, and where each begins: from the chunks that have any
+        of them, which have to match `digest` if it is known."""
+        from outlast.checkpoint import zarr_array
+
+        if (size := store.size(self.name)) != self.size:
+            why = f"the file has {size} bytes and not {self.size}"
+            raise self._corrupt(store, min(size, self.size), why)
+        chunks, plain = self.chunks, _array(self.array)
+        at = bisect_right(chunks, start, key=itemgetter(0)) - 1
+        last = bisect_left(chunks, stop, key=itemgetter(0))
+        while at < last:
+            end, box = self._box(at, last, max(store.PIECE // self.record, 1))
+            with store.reading(self.name) as files:
+                try:
+                    values = zarr_array.read(files, node(self.array), plain, box)
+                except zarr_array.WRONG as error:
+                    raise self._flaw(store, digest, f": {error}") from error
+            first, values = chunks[at][0], values.view(dtype_of(self.array.dtype))
+            if digest is not None:
+                sums = (self._sum(values[a - first : b - first]) for a, b in chunks[at:end])
+                if list(sums) != _sums(digest)[at:end]:
+                    raise self._flaw(store, digest)
+            yield max(first, start), values[max(start - first, 0) : stop - first]
+            at = end
+
+    def _box(self, first: int, last: int, limit: int) -> tuple[int, tuple[slice, ...]]:
+        """The largest box of at most `limit` chunks from `first` on, and the chunk behind it."""
+        counts = [-(-n // c) for n, c in zip(self.extent, self.cut.chunk, strict=True)]
+        box, size, grows = list[slice](), 1, True
+        for axis, whole in reversed(list(enumerate(counts))):
+            begin, count = first // prod(counts[axis + 1 :]) % whole, 1
+            if grows:  # what is behind this axis is in it altogether
+                count = min(whole - begin, (last - first) // size, limit // size)
+                size, grows = size * count, count == whole
+            side, corner = self.cut.chunk[axis], self.at[axis] * self.cut.shard[axis]
+            end = min(corner + (begin + count) * side, self.cut.shape[axis])
+            box.append(slice(corner + begin * side, end))
+        return first + size, tuple(reversed(box))
+
+    def _flaw(self, store: Store, digest: str | None, cause: str = "") -> Corrupt:
+        """What zarr does not say: the first chunk in its file that is not right, else the index."""
+        row, end = np.empty(self.record, dtype=np.uint8), len(self.chunks) * self.record
+        for offset in range(0, end, self.record):
+            store.read_into(self.name, offset, row)
+            found = self._sum(row[:-_CRC])
+            right = found == row[-_CRC:].tobytes().hex()
+            if not right or (digest is not None and found not in _sums(digest)):
+                return self._corrupt(store, offset, "this chunk is not what was written")
+        return self._corrupt(store, end, f"the index is not what was written{cause}")
 
     def _corrupt(self, store: Store, offset: int, why: str) -> Corrupt:
         return corrupt(store.place(self.name), offset, f"{self.array.key}: {why}")
+
+
+def _sums(digest: str) -> list[str]:
+    """The CRCs of the chunks in a digest."""
+    return [digest[at : at + 2 * _CRC] for at in range(_XXH, len(digest), 2 * _CRC)]
 
 
 def shards_of(array: Array) -> Iterator[Shard]:
@@ -173,22 +213,16 @@ def write_shard(store: Store, array: Array, index: int, values: Values) -> str:
     shard = Shard(array, cut, index, *spans[index])
     assert values.dtype == dtype_of(array.dtype), f"{array.key}: {values.dtype}"
     assert values.shape == (shard.stop - shard.start,), f"{array.key}: {values.shape}"
-    file, digest = shard.encode(values)
-    store.write(shard.name, file)
-    back = np.empty(min(len(file), store.PIECE), dtype=np.uint8)
-    for at in range(0, len(file), store.PIECE):
-        expected = file[at : at + store.PIECE]
-        try:
-            store.read_into(shard.name, at, back[: len(expected)])
-        except Corrupt as error:
-            raise Misuse(f"what was written is not there: {error}") from error
-        if not np.array_equal(back[: len(expected)], expected):
-            raise Misuse(f"{store.place(shard.name)} gives back other bytes: do not use it")
+    digest = shard.digest(values)
+    shard.write(store, values)
+    try:
+        for begin, back in shard.pieces(store, None, shard.start, shard.stop):
+            expected = values[begin - shard.start :][: len(back)]
+            if not np.array_equal(back.view(np.uint8), expected.view(np.uint8)):
+                raise Misuse(f"{store.place(shard.name)} gives back other bytes: do not use it")
+    except Corrupt as error:
+        raise Misuse(f"what was written is not there: {error}") from error
     return digest
-
-
-def _crc(data: Bytes) -> bytes:
-    return int(google_crc32c.value(data)).to_bytes(_CRC, "little")
 
 
 # ---- the metadata of zarr
@@ -224,6 +258,8 @@ def _group() -> dict[str, Any]:
 
 def _array(array: Array) -> dict[str, Any]:
     cut, dtype = grid(array.shape), dtype_of(array.dtype)
+    if len(array.shape) > _AXES:
+        raise Misuse(f"{array.key} has {len(array.shape)} axes: numpy, and so zarr, has {_AXES}")
     # Types that zarr lacks are stored as the unsigned integers of their size.
     name = array.dtype if dtype.isbuiltin == 1 else f"uint{8 * dtype.itemsize}"
     little = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -233,6 +269,8 @@ def _array(array: Array) -> dict[str, Any]:
         "chunk_shape": cut.chunk, "codecs": [plain, crc], "index_codecs": [little, crc],
         "index_location": "end",
     }  # fmt: skip
+    # A scalar is one chunk without an index, of which zarr-python writes none.
+    sharded = [{"name": "sharding_indexed", "configuration": sharding}]
     fill = False if name == "bool" else [0.0, 0.0] if dtype.kind == "c" else 0
     return {
         "zarr_format": 3,
@@ -242,7 +280,7 @@ def _array(array: Array) -> dict[str, Any]:
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": cut.shard}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": fill,
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "codecs": sharded if array.shape else [plain, crc],
         "attributes": {} if name == array.dtype else {"outlast": {"dtype": array.dtype}},
         "storage_transformers": [],
     }
@@ -331,6 +369,8 @@ def plan(source: Source, directory: Path, wanted: Wanted) -> list[Item]:
     store, digests = Directory(directory), dict[str, str]()
     arrays = source.contents.arrays
     metadata(source.contents)  # what cannot be written is known before anything is
+    for torn in directory.rglob("c*.partial"):  # zarr was killed before it gave it its name
+        torn.unlink()
 
     def copy(shard: Shard, tick: Tick) -> None:
         values = source.read(shard.array, shard.start, shard.stop)
@@ -357,12 +397,7 @@ def plan(source: Source, directory: Path, wanted: Wanted) -> list[Item]:
 
 def _again(store: Store, shard: Shard) -> str:
     """Digest of a shard that an earlier try wrote."""
-    chunks, dtype = shard.chunks, dtype_of(shard.array.dtype)
-    file = np.empty(len(chunks) * shard.record + len(shard.footer(len(chunks))), dtype=np.uint8)
-    store.read_into(shard.name, 0, file)
-    sizes = [(end - begin) * dtype.itemsize for begin, end in chunks]
-    parts = zip(shard.rows(file, len(chunks)), sizes, strict=True)
-    again, digest = shard.encode(np.concatenate([row[:size] for row, size in parts]).view(dtype))
-    if not np.array_equal(again, file):
-        raise corrupt(store.place(shard.name), 0, "it is not what was written: start over")
-    return digest
+    values = np.empty(shard.stop - shard.start, dtype=dtype_of(shard.array.dtype))
+    for begin, piece in shard.pieces(store, None, shard.start, shard.stop):
+        values[begin - shard.start :][: len(piece)] = piece
+    return shard.digest(values)

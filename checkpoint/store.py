@@ -6,15 +6,21 @@ synchronised at once in a directory, because another node may be the one that pu
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from outlast.checkpoint.formats.folder import Folder, corrupt
 from outlast.cluster.errors import Misuse, OutlastError
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store as ZarrStore
 
 Data = bytes | NDArray[np.uint8]
 
@@ -46,6 +52,16 @@ class Store(Protocol):
 
     def write(self, name: str, data: Data) -> None:
         """A whole file, durable; Misuse where that cannot be done."""
+        ...
+
+    def reading(self, name: str) -> AbstractContextManager["ZarrStore"]:
+        """zarr's store of the same files, to read this one; Corrupt, or an OSError, where that
+        cannot be done."""
+        ...
+
+    def writing(self, name: str) -> AbstractContextManager["ZarrStore"]:
+        """zarr's store of the same files, to write this one, which is durable then; Misuse where
+        that cannot be done."""
         ...
 
     def remove(self, name: str, first: str = "") -> None:
@@ -90,6 +106,27 @@ class Directory(Folder):
                 while done < len(view):
                     done += file.write(view[done:])
                 os.fsync(file.fileno())
+        except OSError as error:
+            raise Misuse(f"{path} cannot be written: {error}") from error
+
+    def reading(self, name: str) -> AbstractContextManager["ZarrStore"]:
+        """See `Store`."""
+        from zarr.storage import LocalStore
+
+        self.place(name)
+        return nullcontext(LocalStore(self.path, read_only=True))
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator["ZarrStore"]:
+        """See `Store`."""
+        from zarr.storage import LocalStore
+
+        path = self.place(name)
+        try:
+            yield LocalStore(self.path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            self.forget(name)  # zarr has put another file in its place
         except OSError as error:
             raise Misuse(f"{path} cannot be written: {error}") from error
 
@@ -161,6 +198,26 @@ class Bucket:
         """See `Store`."""
         with _Told(self.place(name), "written"):
             self._system.pipe_file(f"{self._root}/{name}", bytes(data))
+
+    @cached_property
+    def _zarr(self) -> "ZarrStore":
+        from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+        from zarr.storage import FsspecStore
+
+        # The connections of `_system`, whose own thread zarr does not wait for when it ends.
+        return FsspecStore(AsyncFileSystemWrapper(self._system, asynchronous=True), path=self._root)
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator["ZarrStore"]:
+        """See `Store`."""
+        with _Told(self.place(name), "read", wrong=True):
+            yield self._zarr
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator["ZarrStore"]:
+        """See `Store`."""
+        with _Told(self.place(name), "written"):
+            yield self._zarr
 
     def remove(self, name: str, first: str = "") -> None:
         """See `Store`."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +48,9 @@ class Durable:
         self._url, self._keep = identity.checkpoint_dir, identity.checkpoint_keep
         self._period_s = identity.timing.heartbeat_s
         self.every = Every.parse(identity.checkpoint_every if self._url else "")
+        if self.every:
+            # It takes as long as many steps do: here, before the first, and not beside one.
+            import_module("outlast.checkpoint.zarr_array")
         self.saving = Saving(training, lambda: self._steps, self.every)
         self.changed = False  # what is not trained is not what the script made of it
 

@@ -101,6 +101,12 @@ class Folder:
             self._files.move_to_end(name)
             return os.dup(self._files[name])
 
+    def forget(self, name: str) -> None:
+        """Open a file anew when it is read again."""
+        with self._lock:
+            if (descriptor := self._files.pop(name, None)) is not None:
+                os.close(descriptor)
+
     def close(self) -> None:
         """Close the files."""
         with self._lock:

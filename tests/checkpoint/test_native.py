@@ -1,101 +1,35 @@
-"""The native format: what it wrote is read back, also by zarr, and any other byte is an error."""
+"""The native format: what it wrote is read back, also by zarr; how files are cut and named."""
 
+import asyncio
 import json
-import os
-import random
-import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from math import prod
 from pathlib import Path
+from threading import Thread
 from typing import Any
-from unittest.mock import patch
 
 import held
 import numpy as np
 import pytest
-import xxhash
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_steps import check, cuts, example, files, flip, write
+from zarr.storage import WrapperStore
 
-from outlast.checkpoint import grid, manifest, native
+from outlast.checkpoint import grid, native, zarr_array
 from outlast.checkpoint.contents import Array, Contents
-from outlast.checkpoint.dtypes import DTYPES, Values
 from outlast.checkpoint.items import Wanted
-from outlast.checkpoint.source import digest
-from outlast.checkpoint.store import Directory
+from outlast.checkpoint.store import Directory, store_at
 from outlast.cluster.errors import Corrupt, Misuse
-
-SHAPES = ((), (1,), (0, 4), (7,), (1000,), (30, 7), (9, 5, 6), (3, 70), (2, 3, 1, 40))
-
-
-@contextmanager
-def cuts(chunk: int, shard: int) -> Iterator[None]:
-    """Small limits, so that small arrays have many files."""
-    native._cut.cache_clear()
-    with patch.object(grid, "CHUNK", chunk), patch.object(grid, "SHARD", shard):
-        yield
-    native._cut.cache_clear()
 
 
 @pytest.fixture
 def small_cuts() -> Iterator[None]:
     with cuts(12, 64):
         yield
-
-
-def example(step: int = 3) -> held.Held:
-    """Every shape and every dtype, in a few roles; one array is all zeros."""
-    dtypes = sorted(DTYPES)
-    arrays = [Array("buffer", f"b{i}", shape, dtypes[i % len(dtypes)])
-              for i, shape in enumerate(SHAPES * 3)]  # fmt: skip
-    arrays += [Array("param", "h/0.w%", (30, 7), "float32"), Array("param", "zero", (90,), "int8")]
-    arrays += [Array("exp_avg", "h/0.w%", (30, 7), "float32")]
-    generator = np.random.default_rng(step)
-    values = {}
-    for array in arrays:
-        raw = generator.standard_normal(array.shape) * 50
-        with np.errstate(invalid="ignore"):
-            values[array.key] = np.asarray(raw).astype(DTYPES[array.dtype])
-    values["param/zero"][:] = 0
-    return held.Held(Contents(step, tuple(arrays)), values)
-
-
-def write(source: held.Held, directory: Path, seed: int = 0, threads: int = 1) -> Path:
-    """By as many writers, in any order."""
-    *items, last = native.plan(source, directory, Wanted())
-    random.Random(seed).shuffle(items)
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda item: item.make(lambda size: None), items))
-    last.make(lambda size: None)
-    return directory
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    found = (path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): path.read_bytes() for path in found}
-
-
-def check(directory: Path, truth: held.Held) -> None:
-    """Read everything, whole and in intervals."""
-    source = native.open(directory)
-    assert source.contents == truth.contents
-    generator = random.Random(1)
-    for array in truth.contents.arrays:
-        expected = truth.values[array.key].reshape(-1)
-        intervals = [sorted(generator.choices(range(array.numel + 1), k=2)) for _ in range(9)]
-        for start, stop in [(0, array.numel), *intervals]:
-            same(source.read(array, start, stop), expected[start:stop])
-        assert digest(source, array) == source.stored_digest(array)
-    source.close()
-
-
-def same(found: Values, expected: Values) -> None:
-    assert found.dtype == expected.dtype
-    assert found.tobytes() == expected.tobytes()
 
 
 # ---- cuts
@@ -150,6 +84,11 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
     long = Contents(1, (Array("buffer", "x" * 300, (), "int8"),))
     with pytest.raises(Misuse, match="too long"):
         native.plan(held.Held(long, {}), tmp_path, Wanted())
+    deep = Contents(1, (Array("buffer", "x", (1,) * 32, "int8"),))
+    with pytest.raises(Misuse, match="buffer/x has 32 axes"):
+        native.plan(held.Held(deep, {}), tmp_path, Wanted())
+    most = Array("buffer", "x", (1,) * 31, "int8")
+    native.write_shard(Directory(tmp_path), most, 0, np.ones(1, "int8"))
 
 
 # ---- what is written
@@ -169,9 +108,108 @@ def test_what_was_written_is_read_also_by_zarr(tmp_path: Path, small_cuts: None)
             assert np.asarray(found[...]).tobytes() == truth.values[array.key].tobytes()
 
 
+def test_files_are_those_of_plain_zarr(tmp_path: Path, small_cuts: None) -> None:
+    truth = example()
+    ours = files(write(truth, tmp_path / "ours"))
+    group = zarr.create_group(tmp_path / "zarr")
+    for array in truth.contents.arrays:
+        cut, values = grid.grid(array.shape), truth.values[array.key]
+        plain = native._array(array)
+        endian = {} if values.dtype.itemsize == 1 else {"endian": "little"}
+        made = group.create_array(
+            native.node(array), shape=array.shape, dtype=plain["data_type"],
+            chunks=cut.chunk, shards=cut.shard if array.shape else None,
+            serializer={"name": "bytes", **({"configuration": endian} if endian else {})},
+            compressors={"name": "crc32c"}, attributes=plain["attributes"], fill_value=0,
+            chunk_key_encoding={"name": "default", "separator": "."},
+            config={"write_empty_chunks": True},
+        )  # fmt: skip
+        made[...] = values.view(plain["data_type"])
+    with warnings.catch_warnings(action="ignore"):  # zarr says that others may not read it
+        zarr.consolidate_metadata(group.store)
+    theirs = files(tmp_path / "zarr")
+    assert ours.keys() - {native.MANIFEST} == theirs.keys()
+    for name, whole in theirs.items():
+        if name.endswith("zarr.json"):
+            plain = json.loads(whole)
+            for node in plain.get("consolidated_metadata", {}).get("metadata", {}).values():
+                node.pop("consolidated_metadata", None)  # of a group in the group: empty
+            assert plain == json.loads(ours[name])
+        else:
+            assert whole == ours[name]
+
+
+class Counting(WrapperStore):
+    """Notes what zarr asks of a store."""
+
+    def __init__(self, store: Any, seen: list[tuple[str, str]]) -> None:
+        super().__init__(store)
+        self._seen = seen
+
+    async def get(self, key: str, *args: Any, **more: Any) -> Any:
+        self._seen.append(("get", key))
+        return await super().get(key, *args, **more)
+
+    async def set(self, key: str, value: Any) -> None:
+        self._seen.append(("put", key))
+        await super().set(key, value)
+
+
+class Watched(Directory):
+    """A directory that notes what is asked of it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.seen: list[tuple[str, str]] = []
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Any]:
+        with super().writing(name) as files:
+            yield Counting(files, self.seen)
+
+
+def test_a_shard_costs_one_put_whatever_is_there_already(tmp_path: Path, small_cuts: None) -> None:
+    truth, store = example(), Watched(tmp_path)
+    for array in truth.contents.arrays:
+        values = truth.values[array.key].reshape(-1)
+        for shard in native.shards_of(array):
+            for harm in (None, b"what a damaged file has"):
+                if harm:
+                    (tmp_path / shard.name).write_bytes(harm)
+                store.seen.clear()
+                native.write_shard(store, array, shard.index, values[shard.start : shard.stop])
+                assert store.seen == [("put", shard.name)]
+
+
+def test_no_thread_is_started_for_zarr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter waits for the threads of an executor, also for one that hangs."""
+
+    def refuse(thread: Thread) -> None:
+        raise AssertionError(f"{thread} is started")
+
+    monkeypatch.setattr(Thread, "start", refuse)
+    array, values = Array("param", "w", (7, 5), "float32"), np.ones(35, "float32")
+    for url in (f"file://{tmp_path}", "memory://bucket/run"):
+        native.write_shard(store_at(url), array, 0, values)
+    monkeypatch.setattr(zarr_array, "_complete", asyncio.run)
+    with pytest.raises(AssertionError, match="is started"):
+        native.write_shard(Directory(tmp_path), array, 0, values)
+
+
 def test_zeros_are_written_too(tmp_path: Path, small_cuts: None) -> None:
     path = write(example(), tmp_path)
     assert len(list((path / "param" / "zero").glob("c.*"))) == 2
+
+
+def test_zeros_that_are_missing_are_an_error(tmp_path: Path, small_cuts: None) -> None:
+    path = write(example(), tmp_path)
+    (path / "param" / "zero" / "c.0").unlink()
+    source = native.open(path)
+    zero = source.contents.by_key["param/zero"]
+    for stop in (1, zero.numel):
+        with pytest.raises(Corrupt, match=r"zero/c\.0 at byte 0"):
+            source.read(zero, 0, stop)
+    assert not zarr.open_group(path, mode="r")["param/zero"][...].any(), "zarr reads zeros"
 
 
 def test_files_have_full_size(tmp_path: Path) -> None:
@@ -201,6 +239,10 @@ def test_what_was_cut_short_goes_on(tmp_path: Path, small_cuts: None) -> None:
     last = native.plan(truth, tmp_path / "part", Wanted())[-1]  # by another process
     last.make(lambda size: None)
     assert files(tmp_path / "part") == whole
+    torn = tmp_path / "part" / "param" / "zero" / "c.0123.partial"  # zarr's, when it was killed
+    torn.write_bytes(b"half")
+    native.plan(truth, tmp_path / "part", Wanted())
+    assert files(tmp_path / "part") == whole
     flip(tmp_path / "part" / "param" / "h%2F0.w%25" / "c.0.0", 5)
     with pytest.raises(Corrupt, match=r"c\.0\.0 at byte 0"):
         last.make(lambda size: None)
@@ -215,235 +257,3 @@ def test_a_newest_step_is_found(tmp_path: Path, small_cuts: None) -> None:
     newest = tmp_path / native.name_of(Contents(10, ()))
     assert native.find(tmp_path) == native.find(newest) == newest
     assert native.find(tmp_path / "nothing") is None
-
-
-# ---- damage
-
-
-def flip(path: Path, at: int, bit: int = 1) -> bytes:
-    whole = path.read_bytes()
-    path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
-    return whole
-
-
-def test_any_flipped_byte_is_found(tmp_path: Path) -> None:
-    truth, generator = small(), random.Random(0)
-    write(truth, tmp_path)
-    for name, whole in files(tmp_path).items():
-        step = 3 if name.endswith(".json") else 1
-        for at in range(generator.randrange(step), len(whole), step):
-            flip(tmp_path / name, at, 1 << generator.randrange(8))
-            with pytest.raises(Corrupt, match=r"at byte \d+") as error:
-                check(tmp_path, truth)
-            assert name in str(error.value) or "manifest.json" in name
-            (tmp_path / name).write_bytes(whole)
-    check(tmp_path, truth)
-
-
-def small(step: int = 1) -> held.Held:
-    arrays = tuple(Array(role, "w", (3, 5), "float32") for role in ("param", "exp_avg"))
-    contents = Contents(step, arrays, run={"losses": [0.5]})
-    generator = np.random.default_rng(step)
-    return held.Held(contents, {a.key: generator.random((3, 5), "float32") for a in arrays})
-
-
-def unlink(path: Path) -> None:
-    path.unlink()
-
-
-def cut_off(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def lengthen(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b" ")
-
-
-def absent(path: Path) -> None:
-    """As zarr does it, which reads zeros then: no chunk is there, and the index is right."""
-    index = b"\xff" * 16
-    path.write_bytes(index + native._crc(np.frombuffer(index, np.uint8)))
-
-
-def leave(path: Path) -> None:
-    outside = path.parents[3] / "outside"
-    shutil.move(path, outside)
-    path.symlink_to(outside)
-
-
-def wait(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-@pytest.mark.parametrize("harm", [unlink, cut_off, lengthen, absent, leave, wait])
-@pytest.mark.parametrize("name", ["param/w/c.0.0", "param/w/zarr.json", "zarr.json"])
-def test_what_is_not_whole_is_refused(
-    tmp_path: Path, harm: Callable[[Path], None], name: str
-) -> None:
-    truth = small()
-    directory = write(truth, tmp_path / "step")
-    harm(directory / name)
-    with pytest.raises(Corrupt, match=f"{name} at byte"):
-        check(directory, truth)
-
-
-def test_the_cache_of_a_hub_may_be_followed(tmp_path: Path) -> None:
-    directory = write(small(), tmp_path / "step")
-    leave(directory / "param" / "w" / "c.0.0")
-    source = native.open(directory, follow=True)
-    assert len(source.read(source.contents.arrays[0], 0, 15)) == 15
-
-
-@pytest.mark.parametrize("stop", [56, 5])
-@pytest.mark.parametrize("other", ["an older step", "another role"])
-def test_files_of_something_else_are_not_taken(
-    tmp_path: Path, small_cuts: None, stop: int, other: str
-) -> None:
-    """Their own checksums are right, and an interval is not all of a shard: the manifest knows."""
-    path, older = write(example(3), tmp_path / "3"), write(example(2), tmp_path / "2")
-    origin = older / "param" if other == "an older step" else path / "exp_avg"
-    shutil.copy(origin / "h%2F0.w%25/c.0.0", path / "param/h%2F0.w%25/c.0.0")
-    source = native.open(path)
-    array = source.contents.by_key["param/h/0.w%"]
-    with pytest.raises(Corrupt, match=r"c\.0\.0 at byte 0: .*chunk 0 is not what was written"):
-        source.read(array, 0, stop)
-    if other == "an older step":  # planted: nothing but the manifest tells them apart
-        source._manifest.shards[array.key] = native.open(older)._manifest.shards[array.key]
-        same(source.read(array, 0, stop), example(2).values[array.key].reshape(-1)[:stop])
-
-
-# ---- storage that lies
-
-
-class Liar(Directory):
-    """A disk that is full of zeros where nobody looks."""
-
-    def read_into(self, name: str, offset: int, out: np.ndarray) -> None:
-        super().read_into(name, offset, out)
-        out[len(out) // 2] ^= 1
-
-
-def test_what_is_not_read_back_is_refused(tmp_path: Path) -> None:
-    array = Array("param", "w", (100,), "float32")
-    with pytest.raises(Misuse, match=r"param/w/c\.0 gives back other bytes"):
-        native.write_shard(Liar(tmp_path), array, 0, np.zeros(100, "float32"))
-
-
-def test_a_directory_that_takes_nothing_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    array = Array("param", "w", (), "float32")
-    with pytest.raises(Misuse, match=r"file/param/w/c cannot be written"):
-        native.write_shard(Directory(tmp_path / "file"), array, 0, np.zeros(1, "float32"))
-
-
-# ---- hostile manifests
-
-
-def forge(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the manifest of a step, with the right checksum."""
-    path = directory / native.MANIFEST
-    body = json.loads(path.read_text())["body"]
-    change(body)
-    text = json.dumps(body)
-    sealed = f'{{"checksum": "{xxhash.xxh3_64_hexdigest(text.encode())}", "body": {text}}}'
-    path.write_text(sealed)
-
-
-def array_as(**changes: Any) -> Callable[[dict[str, Any]], object]:
-    """The first array described otherwise; the digests go with its key."""
-
-    def change(body: dict[str, Any]) -> None:
-        old = dict(zip(("role", "name", "shape", "dtype"), body["contents"]["arrays"][0],
-                       strict=True))  # fmt: skip
-        new = old | changes
-        body["contents"]["arrays"][0] = list(new.values())
-        digests = body["shards"].pop(f"{old['role']}/{old['name']}")
-        body["shards"] = {f"{new['role']}/{new['name']}": digests} | body["shards"]
-
-    return change
-
-
-HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
-    "a larger array": array_as(shape=[4, 5]),
-    "another array of its size": array_as(shape=[5, 3]),
-    "a huge array": array_as(shape=[1 << 62]),
-    "a shape beyond all numbers": array_as(shape=[10**400]),
-    "many axes": array_as(shape=[2] * 500),
-    "a negative shape": array_as(shape=[-3, -5]),
-    "a fraction": array_as(shape=[3.0, 5.0]),
-    "text": array_as(shape=["3", "5"]),
-    "no shape": array_as(shape=None),
-    "another type": array_as(dtype="float64"),
-    "no such type": array_as(dtype="object"),
-    "an endless name": array_as(name="w" * 300),
-    "a name that is no text": array_as(name="\ud800"),
-    "a way out": array_as(name="../../../w"),
-    "a twin": lambda body: body["contents"]["arrays"].append(body["contents"]["arrays"][0]),
-    "no digests": lambda body: body["shards"].clear(),
-    "too many digests": lambda body: body["shards"]["param/w"].append("00"),
-    "no hexadecimal digest": lambda body: body["shards"].update({"param/w": ["zz" * 20]}),
-    "half a digest": lambda body: body["shards"].update(
-        {"param/w": [body["shards"]["param/w"][0][:32]]}
-    ),
-    "a list": lambda body: body.update(shards=[]),
-    "no contents": lambda body: body.pop("contents"),
-    "another format": lambda body: body.update(format=3),
-    "a step that is text": lambda body: body["contents"].update(step="1"),
-    "an endless step": lambda body: body["contents"].update(step=float("inf")),
-    "more fields": lambda body: body["contents"].update(more=1),
-    "a parameter in no group": lambda body: body["contents"].update(
-        groups=[{"names": ["v"], "hyper": {}, "scalars": {}}]
-    ),
-    "a knot": lambda body: body["contents"].update(aliases={"a": "b"}),
-}
-
-
-@pytest.mark.parametrize("what", HOSTILE)
-def test_a_forged_manifest_is_refused(tmp_path: Path, what: str) -> None:
-    truth = small()
-    forge(write(truth, tmp_path), HOSTILE[what])
-    with pytest.raises(Corrupt, match=r"at byte \d+"):
-        everything(tmp_path)
-
-
-def everything(directory: Path) -> None:
-    source = native.open(directory)
-    for array in source.contents.arrays:
-        digest(source, array)
-
-
-def test_an_honest_forgery_is_read(tmp_path: Path) -> None:
-    """Planted: the forger's own work is not what is refused above."""
-    forge(write(small(), tmp_path), lambda body: body["contents"].update(run={}))
-    truth = small()
-    check(tmp_path, held.Held(replace(truth.contents, run={}), truth.values))
-
-
-@pytest.mark.parametrize("text", [b"", b"{}", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"body'])
-def test_what_is_no_manifest_is_refused(tmp_path: Path, text: bytes) -> None:
-    (write(small(), tmp_path) / native.MANIFEST).write_bytes(text)
-    with pytest.raises(Corrupt, match=r"manifest\.json at byte 0"):
-        native.open(tmp_path)
-
-
-def test_a_manifest_is_not_larger_than_memory(tmp_path: Path) -> None:
-    path = write(small(), tmp_path) / native.MANIFEST
-    with path.open("r+b") as file:
-        file.truncate(1 << 40)  # sparse
-    with pytest.raises(Corrupt, match="too many"):
-        native.open(tmp_path)
-
-
-@settings(deadline=None, max_examples=300)
-@given(data=st.data())
-def test_a_mutated_manifest_is_refused(data: st.DataObject) -> None:
-    contents = small().contents
-    digests = {array.key: ("0" * 40,) for array in contents.arrays}
-    whole = manifest.Manifest(contents, digests).to_bytes()
-    assert manifest.Manifest.from_bytes(whole, "here").contents == contents
-    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(whole))] * 2)))
-    mutated = whole[:start] + data.draw(st.binary(max_size=9)) + whole[stop:]
-    if mutated != whole:
-        with pytest.raises(Corrupt, match="here at byte 0"):
-            manifest.Manifest.from_bytes(mutated, "here")
