@@ -137,7 +137,7 @@ class Durable:
         return self.saving.heed(votes, step) if self.every else None
 
     def end(self, communicator: Communicator) -> None:
-        """Wait for all ranks behind the last step; where all save while they run, save that, too."""
+        """Wait for all ranks behind the last step; if they save while they run, save it first."""
         if all(communicator.gather_bytes(b"saves" if self.every else b"")):
             self.saving.finish(communicator, self._training.link.identity.timing.grace_s)
 
