@@ -8,8 +8,7 @@ To import this is to import zarr, 0.4 s: inside of functions only.
 """
 
 import asyncio
-from collections.abc import Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import numpy as np
@@ -60,18 +59,17 @@ class _Fresh(WrapperStore[Store]):
         return None
 
 
-class _Here(ThreadPoolExecutor):
-    """Does what is submitted at once, in this thread."""
+class _Here(asyncio.SelectorEventLoop):
+    """Does in its own thread what it is to have done in another one."""
 
-    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        done: Future[Any] = Future()
-        done.set_result(fn(*args, **kwargs))
+    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
+        done = self.create_future()
+        done.set_result(func(*args))
         return done
 
 
 def _complete(work: Coroutine[Any, Any, T]) -> T:
-    loop = asyncio.new_event_loop()
-    loop.set_default_executor(_Here(1))
+    loop = _Here()
     try:
         return loop.run_until_complete(work)
     finally:
