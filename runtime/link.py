@@ -134,6 +134,7 @@ class AgentLink:
         self._current: Generation | None = None
         self._graveyard = Graveyard()
         self._device, self._protected, self._saves = torch.device("cpu"), False, False
+        self._prepared = threading.Event()  # before, nobody knows which groups are needed
         self.pulse = Pulse()
         if latch is not None:
             Latch(latch).hold()
@@ -158,6 +159,7 @@ class AgentLink:
         parity; sharded: no rank has the whole state. Either may need the side group."""
         self._device, self._protected = device, protected
         self._saves = sharded and bool(self.identity.checkpoint_every)
+        self._prepared.set()
         self.send(kind="ready")
 
     def allocate(self, size: int) -> int:
@@ -309,6 +311,7 @@ class AgentLink:
     ) -> None:
         """Both groups of a view; the side while the main thread already recovers."""
         generation = view.generation
+        self._prepared.wait()
         reach("reconnect", generation=generation)
         communicator = self._join(view, rank, stores[0])
         if communicator is None:

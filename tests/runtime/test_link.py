@@ -1,14 +1,18 @@
 """What the runtime reads out of a view and its settings."""
 
+import json
+import socket
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
+import torch
 
 from outlast.checkpoint.records import Protection
+from outlast.cluster.errors import PeerLost
 from outlast.cluster.view import Member, View, Worker
 from outlast.layout.space import Space, Tensor
-from outlast.runtime.link import Generation
+from outlast.runtime.link import AgentLink, Generation
 from outlast.runtime.training import Settings
 
 
@@ -32,3 +36,23 @@ def test_a_step_is_protected_as_the_script_says(average: str | None) -> None:
     assert (protection.m, protection.group) == (2, 5)
     assert bool(protection.edges) == (average is not None)
     assert protection != Protection(2, 16, protection.edges)
+
+
+def test_nothing_connects_before_it_is_known_which_groups_are_needed() -> None:
+    """An agent tells views to workers that still build their model. One that connected then would
+    do so without a side, for which the others wait for ever."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    welcome = {
+        "kind": "welcome", "holder": 5, "node": "n", "job": "j", "host": "127.0.0.1",
+        "heartbeat_s": 0.5, "rebalance": False, "evict_poison": True, "checkpoint_dir": "",
+        "checkpoint_every": "", "checkpoint_keep": 2,
+    }  # fmt: skip
+    view = View(1, (Member("a", "n", "127.0.0.1", 0, (Worker(5, 0),)),))
+    for message in (welcome, {"kind": "view", "view": view.as_json()}):
+        there.send(json.dumps(message).encode())
+    there.detach()  # open for as long as this process lives: the end of its agent would end it
+    link = AgentLink(here.detach(), None)
+    with pytest.raises(PeerLost):
+        link.next_generation(0, 0.2)
+    link.ready(torch.device("cpu"), True, True)
+    assert link.next_generation(0, 30.0).view == view
