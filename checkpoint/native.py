@@ -14,7 +14,6 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import prod
@@ -32,6 +31,7 @@ from outlast.checkpoint.formats.folder import corrupt
 from outlast.checkpoint.grid import Grid, grid
 from outlast.checkpoint.items import Item, Wanted
 from outlast.checkpoint.manifest import BYTES_MAX, Manifest
+from outlast.checkpoint.pool import at_once
 from outlast.checkpoint.source import Source, Tick, array_digest, shard_digest
 from outlast.checkpoint.store import Directory, Store, read_whole
 from outlast.cluster.errors import Corrupt, Misuse
@@ -41,7 +41,7 @@ LATEST = None  # the newest name is the latest
 NAME = re.compile(r"step-(\d{12})(\.\d{6,})?")  # the generation, where a store cannot rename
 _CRC, _XXH = 4, 32  # bytes of the one, hexadecimal digits of the other
 _AXES = 31  # of any numpy, and one is zarr's
-_AT_ONCE = 8  # small files: to wait for a store is all that each costs
+AT_ONCE = 8  # small files: to wait for a store is all that each costs
 
 
 def name_of(contents: Contents) -> str:
@@ -137,9 +137,8 @@ class Shard:
         of them, which have to match `digest` if it is known."""
         from outlast.checkpoint import zarr_array
 
-        if (size := store.size(self.name)) != self.size:
-            why = f"the file has {size} bytes and not {self.size}"
-            raise self._corrupt(store, min(size, self.size), why)
+        if flaw := self._short(store):
+            raise flaw  # zarr would read zeros
         chunks, plain = self.chunks, _array(self.array)
         at = bisect_right(chunks, start, key=itemgetter(0)) - 1
         last = bisect_left(chunks, stop, key=itemgetter(0))
@@ -149,12 +148,14 @@ class Shard:
                 try:
                     values = zarr_array.read(files, node(self.array), plain, box)
                 except zarr_array.WRONG as error:
-                    raise self._flaw(store, digest, f": {error}") from error
+                    unlike = self._corrupt(store, 0, f"zarr cannot read it: {error}")
+                    raise self.flaw(store, digest) or unlike from error
             first, values = chunks[at][0], values.view(dtype_of(self.array.dtype))
             if digest is not None:
                 sums = (self._sum(values[a - first : b - first]) for a, b in chunks[at:end])
                 if list(sums) != _sums(digest)[at:end]:
-                    raise self._flaw(store, digest)
+                    unlike = self._corrupt(store, 0, "chunks are not where they were written")
+                    raise self.flaw(store, digest) or unlike
             yield max(first, start), values[max(start - first, 0) : stop - first]
             at = end
 
@@ -172,8 +173,13 @@ class Shard:
             box.append(slice(corner + begin * side, end))
         return first + size, tuple(reversed(box))
 
-    def _flaw(self, store: Store, digest: str | None, cause: str = "") -> Corrupt:
-        """What zarr does not say: the first chunk in its file that is not right, else the index."""
+    def flaw(self, store: Store, digest: str | None) -> Corrupt | None:
+        """What is wrong with its file, without zarr: the first chunk that is not right, the index.
+
+        None where every chunk has its CRC, and those of `digest` if it is known.
+        """
+        if flaw := self._short(store):
+            return flaw
         row, end = np.empty(self.record, dtype=np.uint8), len(self.chunks) * self.record
         for offset in range(0, end, self.record):
             store.read_into(self.name, offset, row)
@@ -181,7 +187,17 @@ class Shard:
             right = found == row[-_CRC:].tobytes().hex()
             if not right or (digest is not None and found not in _sums(digest)):
                 return self._corrupt(store, offset, "this chunk is not what was written")
-        return self._corrupt(store, end, f"the index is not what was written{cause}")
+        index = np.empty(self.size - end, dtype=np.uint8)
+        store.read_into(self.name, end, index)
+        if len(index) and google_crc32c.value(index[:-_CRC]) != int(index[-_CRC:].view("<u4")[0]):
+            return self._corrupt(store, end, "the index is not what was written")
+        return None
+
+    def _short(self, store: Store) -> Corrupt | None:
+        if (size := store.size(self.name)) == self.size:
+            return None
+        why = f"the file has {size} bytes and not {self.size}"
+        return self._corrupt(store, min(size, self.size), why)
 
     def _corrupt(self, store: Store, offset: int, why: str) -> Corrupt:
         return corrupt(store.place(self.name), offset, f"{self.array.key}: {why}")
@@ -216,12 +232,11 @@ def write_shard(store: Store, array: Array, index: int, values: Values) -> str:
     digest = shard.digest(values)
     shard.write(store, values)
     try:
-        for begin, back in shard.pieces(store, None, shard.start, shard.stop):
-            expected = values[begin - shard.start :][: len(back)]
-            if not np.array_equal(back.view(np.uint8), expected.view(np.uint8)):
-                raise Misuse(f"{store.place(shard.name)} gives back other bytes: do not use it")
+        flaw = shard.flaw(store, digest)
     except Corrupt as error:
-        raise Misuse(f"what was written is not there: {error}") from error
+        flaw = error
+    if flaw is not None:
+        raise Misuse(f"what was written is not there, do not use this storage: {flaw}")
     return digest
 
 
@@ -288,10 +303,7 @@ def _array(array: Array) -> dict[str, Any]:
 
 def write_metadata(store: Store, contents: Contents) -> None:
     """Every zarr.json; Misuse where the store does not take them."""
-    texts = metadata(contents)
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for _ in pool.map(store.write, texts.keys(), texts.values()):
-            pass
+    at_once((partial(store.write, *each) for each in metadata(contents).items()), AT_ONCE)
 
 
 # ---- a whole step

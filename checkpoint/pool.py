@@ -1,11 +1,12 @@
 """Tasks on threads, which end soon after one fails or somebody has enough."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
 from outlast.checkpoint.source import Tick
+from outlast.cluster.errors import OutlastError
 
 Name, Result = TypeVar("Name"), TypeVar("Result")
 
@@ -38,3 +39,36 @@ def spread(
     finally:
         enough.set()
         pool.shutdown(cancel_futures=True)
+
+
+def at_once(tasks: Iterable[Callable[[], None]], threads: int) -> None:
+    """Every task, several at once, on threads that an interpreter which ends does not wait for: a
+    store may hang for ever. To wait for it is most of what small files cost.
+
+    Raises:
+        OutlastError, OSError: the first that a task raised; none is begun after it.
+    """
+    left, lock = iter(tasks), threading.Lock()
+    ended: list[bool] = []
+    errors: list[OutlastError | OSError] = []
+
+    def work() -> None:
+        try:
+            while not errors:
+                with lock:
+                    task = next(left, None)
+                if task is None:
+                    break
+                task()
+            ended.append(True)
+        except (OutlastError, OSError) as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if errors:
+        raise errors[0]
+    assert len(ended) == threads, "a thread came to no end: see above"

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from outlast.checkpoint.contents import Contents
@@ -20,6 +21,7 @@ from outlast.checkpoint.formats.folder import corrupt
 from outlast.checkpoint.grid import grid
 from outlast.checkpoint.manifest import Manifest
 from outlast.checkpoint.native import (
+    AT_ONCE,
     MANIFEST,
     NAME,
     NativeSource,
@@ -27,6 +29,7 @@ from outlast.checkpoint.native import (
     shards_of,
     write_metadata,
 )
+from outlast.checkpoint.pool import at_once
 from outlast.checkpoint.store import Directory, Store, read_whole, store_at
 from outlast.cluster.errors import Corrupt, Misuse
 
@@ -153,8 +156,7 @@ class Draft:
             # got another one meanwhile (`_aside`) and cannot be renamed.
             if gone := [name for name in files if not (part / name).is_file()]:
                 raise FileNotFoundError(f"{gone[0]} was removed meanwhile")
-            for folder, _, _ in os.walk(part):
-                _sync(folder)
+            at_once((partial(_sync, folder) for folder, _, _ in os.walk(part)), AT_ONCE)
             if path.exists():  # the same step, which may have been damaged since
                 path.rename(part.with_suffix(".old.part"))
             part.rename(path)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from outlast.checkpoint.dtypes import Values
 from outlast.checkpoint.every import Every
 from outlast.checkpoint.grid import grid
 from outlast.checkpoint.native import write_shard
+from outlast.checkpoint.pool import at_once
 from outlast.checkpoint.steps import Draft, Steps
 from outlast.layout.layout import Layout
 from outlast.runtime.collectives import Communicator
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 Group = Callable[[], Communicator]
 Stage = Callable[[Group], None]
+
+_AT_ONCE = 4  # shards, 16 MiB each and once more to read it back; waiting for the disk is the most
 
 
 class Phase(StrEnum):
@@ -127,14 +131,17 @@ class Save:
         """All shards of this rank, and the note."""
         draft = self._draft = self._steps().draft(self.step, self._generation)
         digests: dict[str, dict[int, str]] = {}
-        with closing(draft.store):
-            for array, index, values in self._shards():
-                if not wanted:
-                    return
+
+        def write(array: Array, index: int, values: Values) -> None:
+            if wanted:
                 digest = write_shard(draft.store, array, index, values)
                 digests.setdefault(array.key, {})[index] = digest
                 self.moved = time.monotonic()
-            draft.note(self._rank, digests)
+
+        with closing(draft.store):
+            at_once((partial(write, *shard) for shard in self._shards()), _AT_ONCE)
+            if wanted:
+                draft.note(self._rank, digests)
 
     def _shards(self) -> Iterator[tuple[Array, int, Values]]:
         assert self._staging is not None

@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_steps import check, cuts, example, files, flip, same, small, write
-from zarr.storage import WrapperStore
 
 from outlast.checkpoint import manifest, native
 from outlast.checkpoint.contents import Array, Contents
@@ -147,29 +146,16 @@ def test_files_of_something_else_are_not_taken(
 # ---- storage that lies
 
 
-class Forgetful(WrapperStore):
-    """Gives back another byte, or other values whose sums are right, or no file."""
-
-    def __init__(self, store: Any, change: Callable[[bytes], bytes]) -> None:
-        super().__init__(store)
-        self._change = change
-
-    async def get(self, key: str, *args: Any, **more: Any) -> Any:
-        found = await super().get(key, *args, **more)
-        return type(found).from_bytes(self._change(found.to_bytes()))
-
-
 class Liar(Directory):
-    """A disk that takes everything."""
+    """A disk that takes everything, and gives back another byte, or values whose sums are right."""
 
     def __init__(self, path: Path, change: Callable[[bytes], bytes]) -> None:
         super().__init__(path)
         self._change = change
 
-    @contextmanager
-    def reading(self, name: str) -> Iterator[Any]:
-        with super().reading(name) as files:
-            yield Forgetful(files, self._change)
+    def read_into(self, name: str, offset: int, out: Any) -> None:
+        given = self._change((self.path / name).read_bytes())
+        out[:] = np.frombuffer(given[offset : offset + len(out)], np.uint8)
 
 
 def ones(file: bytes) -> bytes:
@@ -184,7 +170,7 @@ def bit(file: bytes) -> bytes:
 @pytest.mark.parametrize("change", [bit, ones])
 def test_what_is_not_read_back_is_refused(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
     array = Array("param", "w", (100,), "float32")
-    with pytest.raises(Misuse, match=r"param/w/c\.0 .*(other bytes|not what was written)"):
+    with pytest.raises(Misuse, match=r"param/w/c\.0 .*not what was written"):
         native.write_shard(Liar(tmp_path, change), array, 0, np.zeros(100, "float32"))
 
 
