@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from typing import TypeVar
 
 from outlast.checkpoint.source import Tick
@@ -13,6 +14,15 @@ Name, Result = TypeVar("Name"), TypeVar("Result")
 
 class _EnoughError(Exception):
     """Ends a task whose result nobody waits for."""
+
+
+_here = threading.local()  # enough: of the thread of a task
+
+
+def go_on() -> None:
+    """Where what takes long has no tick: ends a task of `spread` that nobody waits for."""
+    if hasattr(_here, "enough") and _here.enough.is_set():
+        raise _EnoughError
 
 
 def spread(
@@ -31,7 +41,8 @@ def spread(
         with lock:
             tick(size)
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="checkpoint")
+    begin = partial(setattr, _here, "enough", enough)
+    pool = ThreadPoolExecutor(workers, "checkpoint", initializer=begin)
     try:
         futures = {pool.submit(task, one_by_one): name for name, task in tasks}
         for future in as_completed(futures):

@@ -32,7 +32,7 @@ from outlast.checkpoint.formats import distcp
 from outlast.checkpoint.formats.distcp import METADATA, NOTE, Entry, Shards, Stored, number
 from outlast.checkpoint.formats.folder import Folder, corrupt
 from outlast.checkpoint.formats.pieces import PieceSource
-from outlast.checkpoint.formats.plain import from_json, to_json
+from outlast.checkpoint.formats.plain import Note, carried, from_json
 from outlast.checkpoint.formats.torch_zip import ZipFolder
 from outlast.checkpoint.grid import grid
 from outlast.checkpoint.items import Item, Wanted
@@ -49,13 +49,22 @@ ADAMW = {
 
 
 def find(path: Path) -> Path | None:
-    """The directory that has the metadata, or the newest of several; None where none has."""
+    """The directory that has the metadata, or the newest of several; None where none has.
+
+    Raises:
+        Misuse: there are several, which are not steps.
+    """
     found = [path / METADATA, *path.glob(f"*/{METADATA}")]
     found = [file.parent for file in found if file.is_file()]
     found = [
         each for each in found if not (each / "metadata.json").exists()
     ]  # those are Megatron's
-    return path if path in found else max(found, key=lambda each: _number(each.name), default=None)
+    if path in found:
+        return path
+    if len(found) > 1 and not all(findall(r"\d$", each.name) for each in found):
+        names = ", ".join(sorted(each.name for each in found))
+        raise Misuse(f"{path} has several: name one of {names:.400}")
+    return max(found, key=lambda each: _number(each.name), default=None)
 
 
 def _number(name: str) -> int:
@@ -114,7 +123,8 @@ def _concluded(folder: Folder, shards: Shards) -> tuple[Contents, dict[str, Stor
     strangers = {key: s for key, s in parts.items() if not key.startswith((model, hyper))}
     left_out += [f"{k} ({s.dtype} {s.shape}) is not the model's" for k, s in strangers.items()]
     extras = [key for key in shards.objects if not key.startswith((state, hyper))]
-    client = _nested({shards.paths.get(key, (key,)): shards.objects[key] for key in extras})
+    told = {shards.paths.get(key, (key,)): shards.objects[key] for key in extras}
+    client = _nested(told, left_out.append)
     facts = {"source": {"format": "dcp", "ranks": shards.ranks}, "client_state": client}
     facts |= {"lr_scheduler": client.pop("lr_scheduler")} if "lr_scheduler" in client else {}
     made = tuple(Group(n, h, _agreed(folder, n, scalars)) for n, h in groups)
@@ -144,7 +154,8 @@ def _groups(
     groups: dict[Any, tuple[list[Any], dict[str, Any]]] = {}
     numbered = all(group.isdecimal() for group in told)
     for group in sorted(told, key=_number) if numbered else told:
-        names, hyper = told[group].pop("params", None), to_json(told[group])
+        names = told[group].pop("params", None)
+        hyper = carried(told[group], f"parameter group {group}", left_out.append)
         if numbered:
             groups[group] = (list(names or ()), hyper)
         else:  # flattened: the hyper-parameters of every parameter by itself
@@ -239,14 +250,14 @@ def _equal(folder: Folder, a: Stored, b: Stored) -> bool:
     return True
 
 
-def _nested(flat: dict[tuple[str | int, ...], Any]) -> dict[str, Any]:
+def _nested(flat: dict[tuple[str | int, ...], Any], note: Note) -> dict[str, Any]:
     """Nested dicts from the path of every value, as JSON."""
     nested: dict[str, Any] = {}
     for path, value in flat.items():
         place = nested
         for part in path[:-1]:
             place = place.setdefault(str(part), {})
-        place[str(path[-1])] = to_json(value)
+        place[str(path[-1])] = carried(value, ".".join(map(str, path)), note)
     return nested
 
 
@@ -268,10 +279,10 @@ def _entries(source: Source) -> Iterator[Entry]:
     for array in contents.arrays:
         fill = partial(source.read, array)
         yield Entry(_path(array), array=array, fill=fill, whole=array.role == BUFFER)
-    weights = {a.name: a for a in contents.arrays if a.role in (PARAM, FROZEN)}
+    tensors = {a.name: a for a in contents.arrays if a.role in (PARAM, *UNTRAINED)}
     for alias, name in contents.aliases.items():  # FSDP2 loads it under every name
-        fill = partial(source.read, weights[name])
-        yield Entry(("model", alias), array=weights[name], fill=fill)
+        array, fill = tensors[name], partial(source.read, tensors[name])
+        yield Entry(("model", alias), array=array, fill=fill, whole=array.role == BUFFER)
     counter = Array("step", "step", (), "float32")
     for index, group in enumerate(contents.groups):
         for name in group.names:
@@ -281,7 +292,7 @@ def _entries(source: Source) -> Iterator[Entry]:
         given = ADAMW if "exp_avg_sq" in contents.optimizer_roles else {}
         hyper = given | from_json(group.hyper) | {"params": list(group.names)}
         for key, value in hyper.items():
-            typed = tuple(value) if key == "betas" else value
+            typed = tuple(value) if key == "betas" and isinstance(value, list) else value
             yield Entry(("optim", "param_groups", index, key), typed)
     told = {"lr_scheduler": contents.facts.get("lr_scheduler")}
     told = {**(contents.facts.get("client_state") or {}), **{k: v for k, v in told.items() if v}}

@@ -6,10 +6,10 @@ they give to tensors: see `dcp` and `megatron`.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,7 @@ def read_shards(folder: Folder) -> Shards:
             (key.state["fqn"], key.state.get("offset")): info.state
             for key, info in root.state["storage_data"].items()
         }
+        _check_apart(folder, places.values())
         paths = dict(root.state.get("planner_data") or {})
         order = [key for key in paths if key in told] or list(told)
         tensors, objects = {}, {}
@@ -117,6 +118,14 @@ def read_shards(folder: Folder) -> Shards:
     except (LookupError, TypeError, ValueError, AttributeError) as cause:
         raise corrupt(where, 0, f"not the metadata of a checkpoint ({cause!r:.200})") from cause
     return Shards(tensors, objects, paths, len(ranks))
+
+
+def _check_apart(folder: Folder, places: Iterable[Mapping[str, Any]]) -> None:
+    """Corrupt if places overlap: one object that many refer to would be read as often."""
+    found = sorted((str(p["relative_path"]), p["offset"], p["length"]) for p in places)
+    for (file, start, size), (other, following, _) in pairwise(found):
+        if file == other and following < start + size:
+            raise corrupt(folder.path / file, following, "is in two entries of the metadata")
 
 
 def number(folder: Folder, stored: Stored) -> float | int:
@@ -140,7 +149,8 @@ def from_note(
     """What `noted` was given, and the tensor of every array; Corrupt where they do not fit."""
     try:
         contents = Contents.from_json(json.loads(note))
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as cause:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+            RecursionError) as cause:  # fmt: skip
         raise corrupt(where, 0, f"the entry {NOTE!r} is damaged ({cause!r:.200})") from cause
     found = {array.key: tensors.get(key_of(array)) for array in contents.arrays}
     for array in contents.arrays:

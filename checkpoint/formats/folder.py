@@ -46,8 +46,13 @@ class Folder:
         """
         path = self.path / name
         inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-        if not self._follow:
-            inside = inside and path.resolve().is_relative_to(self.path.resolve())
+        try:
+            if b"\0" in os.fsencode(name):
+                raise ValueError("a zero byte")
+            if not self._follow:
+                inside = inside and path.resolve().is_relative_to(self.path.resolve())
+        except ValueError as cause:
+            raise corrupt(ascii(str(path)), 0, f"no name of a file: {cause}") from cause
         if not inside:
             raise corrupt(path, 0, "leads out of the checkpoint's directory")
         return path

@@ -19,7 +19,7 @@ from outlast.checkpoint.formats import distcp, torch_zip
 from outlast.checkpoint.formats.distcp import NOTE, Entry, Stored
 from outlast.checkpoint.formats.folder import corrupt
 from outlast.checkpoint.formats.pieces import PieceSource
-from outlast.checkpoint.formats.plain import from_json, to_json
+from outlast.checkpoint.formats.plain import carried, from_json
 from outlast.checkpoint.items import Item, Wanted
 from outlast.checkpoint.source import Source
 from outlast.cluster.errors import Misuse
@@ -137,7 +137,12 @@ def _groups(common: dict[str, Any], params: list[Array]) -> tuple[tuple[Group, .
     hypers = [
         {k: list(v) if isinstance(v, tuple) else v for k, v in group.items()} for group in told
     ]
-    hypers = [to_json({k: v for k, v in h.items() if k not in ("params", "step")}) for h in hypers]
+    left_out: list[str] = []
+    hypers = [
+        carried({k: v for k, v in h.items() if k not in ("params", "step")}, f"group {i}",
+                left_out.append)
+        for i, h in enumerate(hypers)
+    ]  # fmt: skip
     flat = [group.get("weight_decay") == 0 or group.get("wd_mult") == 0 for group in told]
     if len(told) == 1:
         names = [tuple(array.name for array in params)]
@@ -146,7 +151,7 @@ def _groups(common: dict[str, Any], params: list[Array]) -> tuple[tuple[Group, .
     else:
         open_ = f"which parameters are in which of {len(told)} groups, which Megatron does not save"
         return (), [open_] if told else []
-    return tuple(map(Group, names, hypers, scalars)), []
+    return tuple(map(Group, names, hypers, scalars)), left_out
 
 
 def _is_vector(array: Array) -> bool:
@@ -157,14 +162,12 @@ def _is_vector(array: Array) -> bool:
 
 def _facts(common: dict[str, Any], objects: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What else there is, as JSON; and what has tensors, which has no place."""
-    kept: dict[str, dict[str, Any]] = {"common": {}, "objects": {}}
-    left_out = []
-    for place, values in (("common", common), ("objects", objects)):
-        for key, value in values.items():
-            try:
-                kept[place][str(key)] = to_json(value)
-            except TypeError:
-                left_out.append(f"{key} of {place} holds tensors of its own")
+    left_out: list[str] = []
+    kept = {
+        place: {str(key): carried(value, f"{key} of {place}", left_out.append)
+                for key, value in values.items()}
+        for place, values in (("common", common), ("objects", objects))
+    }  # fmt: skip
     facts = {"megatron": kept, "lr_scheduler": kept["common"].get("opt_param_scheduler")}
     return {key: value for key, value in facts.items() if value}, left_out
 
@@ -224,6 +227,7 @@ def _common(contents: Contents) -> dict[str, Any]:
             state["common_step"] = step
         groups = [from_json(group.hyper) for group in contents.groups]
         for group in groups:
-            group |= {"betas": tuple(group["betas"])} if "betas" in group else {}
+            betas = group.get("betas")
+            group |= {"betas": tuple(betas)} if isinstance(betas, list) else {}
         _optimizer(common)["param_groups"] = groups
     return common

@@ -2,8 +2,11 @@
 
 Written are protocol 2 and only opcodes that torch.load(weights_only=True) knows. Classes appear
 under their names, tensors as references to storages that `torch_zip.write` puts beside the pickle.
+What is written may be loaded by who runs what pickles say, and it may come from a checkpoint that
+nobody should trust: named are only classes that hold what they are given (`harmless`).
 """
 
+import re
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,6 +18,37 @@ from outlast.checkpoint.formats.pickles import STORAGES, Opaque, Size, Symbol, T
 from outlast.cluster.errors import Misuse
 
 _CLASS_OF = {dtype: name for name, dtype in STORAGES.items()}
+
+_HARMLESS = re.compile(
+    r"""torch\.(bool|device|(bfloat|float|complex|q?u?int)\d\w*|serialization\._get_layout)
+    | torch\.distributed\.checkpoint\.filesystem\._StorageInfo
+    | torch\.distributed\.checkpoint\.metadata\.(((Bytes|Tensor|Chunk)Storage)?Metadata
+        | MetadataIndex | TensorProperties | StorageMeta | _MEM_FORMAT_ENCODING)
+    | deepspeed\.runtime\.(zero\.config\.ZeroStageEnum|fp16\.loss_scaler\.(Dynamic)?LossScaler)
+    | deepspeed\.utils\.tensor_fragment\.fragment_address
+    | deepspeed\.checkpoint\.universal_checkpoint\.SubparamShape
+    | megatron\.core\.(transformer\.)?enums\.[A-Z]\w*
+    | megatron\.core\.rerun_state_machine\.Rerun(Diagnostic|Mode|State|ValidationStatus)
+    | numpy\.(ndarray|dtype|(_core|core)\.(multiarray\._reconstruct|numeric\._frombuffer))
+    | pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path | argparse\.Namespace | _io\.BytesIO
+    | datetime\.(date|time|datetime|timedelta|timezone)
+    | builtins\.(complex|range|slice)
+    """,
+    re.VERBOSE,
+)
+
+
+def harmless(value: Symbol | Opaque) -> bool:
+    """Whether a program that loads it can only get an object that holds what it was given.
+
+    numpy believes what the state of a dtype says of itself: only numbers are known to be fine.
+    """
+    if isinstance(value, Opaque) and value.name in ("numpy.dtype", "numpy.ndarray"):
+        kind, state = str(value.args[:1]), value.state
+        usual = isinstance(state, tuple) and state[2:] == (None, None, None, -1, -1, 0)
+        number = value.name == "numpy.dtype" and re.fullmatch(r"\('[biufc]\d+',\)", kind)
+        return bool(number) and (state is None or usual)
+    return _HARMLESS.fullmatch(value.name) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +63,8 @@ def dump(value: Any) -> Dumped:
     """Pickle what `pickles.load` can return; numbers, texts, containers, `Opaque`, `TensorRef`.
 
     Raises:
-        Misuse: it has an object of another class; or two tensors differ about their storage.
+        Misuse: it has an object that may not be `harmless`; or two tensors differ about their
+            storage.
     """
     writer = _Writer()
     writer.put(value)
@@ -39,7 +74,7 @@ def dump(value: Any) -> Dumped:
 class _Writer:
     def __init__(self) -> None:
         self.out: list[bytes] = []
-        self.memo: dict[str | Symbol, int] = {}
+        self.memo: dict[Any, int] = {}
         self.storages: dict[str, tuple[str, int]] = {}
 
     def put(self, value: Any) -> None:
@@ -50,7 +85,7 @@ class _Writer:
                 return
         raise Misuse(f"a {type(value).__name__} cannot be written: use plain values")
 
-    def once(self, value: str | Symbol, code: bytes) -> None:
+    def once(self, value: Any, code: bytes) -> None:
         """Append `code` the first time, later a reference to what it made."""
         if value in self.memo:
             self.out.append(b"j" + struct.pack("<I", self.memo[value]))
@@ -58,9 +93,14 @@ class _Writer:
         self.memo[value] = len(self.memo)
         self.out.append(code + b"r" + struct.pack("<I", self.memo[value]))
 
+    def name(self, full: str) -> None:
+        """Append a class or function, which is known to be harmless."""
+        module, _, name = full.replace("builtins.", "__builtin__.").rpartition(".")
+        self.once((module, name), f"c{module}\n{name}\n".encode())
+
     def call(self, name: str, *args: Any, code: bytes = b"R") -> None:
-        """Append a call of a class or function."""
-        self.put(Symbol(name))
+        """Append a call of a class or function, which is known to be harmless."""
+        self.name(name)
         self.put(args)
         self.out.append(code)
 
@@ -81,8 +121,14 @@ def _text(writer: _Writer, value: str) -> None:
 
 
 def _symbol(writer: _Writer, value: Symbol) -> None:
-    module, _, name = value.name.replace("builtins.", "__builtin__.").rpartition(".")
-    writer.once(value, f"c{module}\n{name}\n".encode())
+    _refuse_harm(value)
+    writer.name(value.name)
+
+
+def _refuse_harm(value: Symbol | Opaque) -> None:
+    if not harmless(value):
+        name = ascii(value.name[:99])
+        raise Misuse(f"{name} is not written: whoever loads it might run code that way")
 
 
 def _items(writer: _Writer, values: Any, code: bytes) -> None:
@@ -106,6 +152,7 @@ def _mapping(writer: _Writer, value: dict[Any, Any]) -> None:
 
 
 def _opaque(writer: _Writer, value: Opaque) -> None:
+    _refuse_harm(value)
     # A class with arguments is called, as enums need it; one without them is only allocated.
     writer.call(value.name, *value.args, code=b"R" if value.args else b"\x81")
     if value.state is not None:
@@ -120,10 +167,13 @@ def _tensor(writer: _Writer, ref: TensorRef) -> None:
     known = writer.storages.setdefault(ref.key, (ref.dtype, ref.extent))
     if known != (ref.dtype, ref.extent):
         raise Misuse(f"storage {ref.key} is {known} and {(ref.dtype, ref.extent)}: name it twice")
-    writer.put(Symbol(f"torch._utils._rebuild_tensor_v{2 if typed else 3}"))
-    writer.out.append(b"(")
-    writer.put(("storage", Symbol(f"torch.{name}"), ref.key, "cpu", extent))
-    writer.out.append(b"Q")
+    writer.name(f"torch._utils._rebuild_tensor_v{2 if typed else 3}")
+    writer.out.append(b"((")
+    writer.put("storage")
+    writer.name(f"torch.{name}")
+    for place in (ref.key, "cpu", extent):
+        writer.put(place)
+    writer.out.append(b"tQ")
     rest: tuple[Any, ...] = (ref.start, tuple(ref.shape), ref.strides, False, OrderedDict())
     for part in rest:
         writer.put(part)

@@ -11,7 +11,7 @@ refers to one object many times.
 import re
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -27,6 +27,7 @@ from outlast.layout.run import Run
 
 BYTES = 1 << 28  # of one pickle
 _STACK, _MEMO, _DEPTH, _NODES = 1 << 20, 1 << 26, 64, 1 << 20  # nodes besides one per byte
+_COPIES, _KEY = 4, 64  # of each byte, in what functions make; parts of a key
 
 STORAGES = {
     "FloatStorage": "float32", "DoubleStorage": "float64", "HalfStorage": "float16",
@@ -212,6 +213,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.room = _NODES + _COPIES * len(data)
 
     def run(self) -> Any:
         """Interpret to the end; the value that is left."""
@@ -236,6 +238,12 @@ class _Machine:
             raise _Refused(f"{size} bytes are announced that are not there")
         self.at += size
         return self.data[self.at - size : self.at]
+
+    def spend(self, *parts: Any) -> None:
+        """Count what is made of values that the memo may give again and again."""
+        self.room -= sum(len(part) for part in parts if isinstance(part, Sized))
+        if self.room < 0:
+            raise _Refused("makes too much of too few bytes")
 
     def number(self, form: struct.Struct) -> Any:
         """The next number of the program."""
@@ -277,6 +285,8 @@ _I4, _F8 = struct.Struct("<i"), struct.Struct(">d")
 def _key(value: Any) -> Any:
     """A value that may be a key: one whose hash is cheap, which that of nested tuples is not."""
     flat = value if isinstance(value, tuple) else (value,)
+    if len(flat) > _KEY:
+        raise _Refused(f"a key of {len(flat)} parts")
     for item in flat:
         if item is not None and not isinstance(item, str | bytes | int | float | Symbol | Opaque):
             raise _Refused(f"a {type(item).__name__} as a key")
@@ -299,6 +309,7 @@ def _fill(machine: _Machine, items: list[Any]) -> None:
 def _symbol(machine: _Machine, module: Any, name: Any) -> None:
     if not (isinstance(module, str) and isinstance(name, str)):
         raise _Refused("a name that is no text")
+    machine.spend(module, name)
     full = f"{module.replace('__builtin__', 'builtins')}.{name}"
     if full not in _CALLS and not _is_storage(full) and not _CLASSES.fullmatch(full):
         raise _Refused(f"names {full[:99]!r}, which is none that checkpoints are made of")
@@ -315,6 +326,7 @@ def _make(machine: _Machine, args: Any) -> None:
     if not isinstance(symbol, Symbol) or not isinstance(args, tuple):
         raise _Refused("calls what is no name")
     if symbol.name in _CALLS:
+        machine.spend(args, *args)
         machine.stack.append(_CALLS[symbol.name](*args))
     else:
         machine.stack.append(Opaque(symbol.name, args))

@@ -14,7 +14,9 @@ from collections.abc import Callable
 from math import isfinite
 from typing import Any
 
+from outlast.checkpoint.formats.pickle_writer import harmless
 from outlast.checkpoint.formats.pickles import Opaque, Size, Symbol, TensorRef
+from outlast.cluster.errors import Corrupt
 
 Note = Callable[[str], None]  # told of everything that is left out, one sentence each
 _GONE = object()
@@ -22,10 +24,10 @@ _SEQUENCES = {"size": Size, "tuple": tuple, "set": set, "frozenset": frozenset} 
 
 
 def to_json(value: Any) -> Any:
-    """JSON of anything that `pickles.load` returns and that has no tensors.
+    """JSON of anything that `pickles.load` returns and that may be written again.
 
     Raises:
-        TypeError: it has some.
+        TypeError: it has a tensor, or an object that may not be `harmless`.
     """
     if isinstance(value, list):
         return [to_json(item) for item in value]
@@ -39,6 +41,8 @@ def to_json(value: Any) -> Any:
             return _tagged(name, [to_json(item) for item in value])
     if isinstance(value, bytes):
         return _tagged("bytes", b64encode(value).decode())
+    if isinstance(value, Symbol | Opaque) and not harmless(value):
+        raise TypeError(f"an object of {value.name:.99}")
     if isinstance(value, Symbol):
         return _tagged("symbol", value.name)
     if isinstance(value, Opaque):
@@ -55,27 +59,34 @@ def _tagged(name: str, parts: Any) -> dict[str, Any]:
 
 
 def from_json(value: Any) -> Any:
-    """What `to_json` was given."""
+    """What `to_json` was given; Corrupt for what it never returns."""
+    try:
+        return _decoded(value)
+    except (LookupError, TypeError, ValueError, AttributeError) as cause:
+        raise Corrupt(f"the facts of the source are not understood: {cause!r:.200}") from cause
+
+
+def _decoded(value: Any) -> Any:
     if isinstance(value, list):
-        return [from_json(item) for item in value]
+        return [_decoded(item) for item in value]
     if not isinstance(value, dict):
         return value
     if "!" not in value:
-        return {key: from_json(item) for key, item in value.items()}
+        return {key: _decoded(item) for key, item in value.items()}
     name, parts = value["!"], value["of"]
     if name in ("dict", "ordered"):
-        pairs = ((from_json(k), from_json(v)) for k, v in parts)
+        pairs = ((_decoded(k), _decoded(v)) for k, v in parts)
         return OrderedDict(pairs) if name == "ordered" else dict(pairs)
     if name in _SEQUENCES:
-        return _SEQUENCES[name](from_json(item) for item in parts)
+        return _SEQUENCES[name](_decoded(item) for item in parts)
     if name == "object":
-        return Opaque(str(parts[0]), from_json(parts[1]), from_json(parts[2]))
+        return Opaque(str(parts[0]), tuple(_decoded(parts[1])), _decoded(parts[2]))
     simple: dict[str, Any] = {"bytes": b64decode, "symbol": Symbol, "float": float}
     return simple[name](parts)
 
 
 def carried(value: Any, what: str, note: Note) -> Any:
-    """`to_json` of a value without its tensors, which are noted; None if it is one."""
+    """`to_json` of a value without what has no form there, which is noted; None if it is that."""
     found = _pruned(value, what, note, exact=True)
     return None if found is _GONE else to_json(found)
 
@@ -107,11 +118,13 @@ def _pruned(value: Any, what: str, note: Note, exact: bool) -> Any:
         return type(value)(items) if exact else items
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if exact and isinstance(value, Opaque) and isinstance(value.state, dict):
+        value = Opaque(value.name, value.args, _pruned(value.state, what, note, exact))
     if exact and not isinstance(value, TensorRef):
         try:
             to_json(value)
-        except TypeError:
-            note(f"{what} has tensors inside")
+        except TypeError as cause:
+            note(f"{what} has {cause}, which is not carried on")
             return _GONE
         return value
     kind = f"tensor of shape {value.shape}" if isinstance(value, TensorRef) else ""

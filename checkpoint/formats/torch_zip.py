@@ -22,6 +22,7 @@ from outlast.checkpoint.dtypes import Values, dtype_of
 from outlast.checkpoint.formats.folder import Folder, corrupt
 from outlast.checkpoint.formats.pickle_writer import Dumped, dump
 from outlast.checkpoint.formats.pickles import BYTES, TensorRef, load
+from outlast.checkpoint.pool import go_on
 from outlast.checkpoint.source import Tick
 from outlast.cluster.errors import Misuse
 from outlast.layout.run import Run
@@ -78,6 +79,7 @@ class ZipFolder(Folder):
     def _check(self, name: str, record: Record) -> None:
         buffer, crc, stop = np.empty(1 << 22, np.uint8), 0, record.offset + record.size
         for at in range(record.offset, stop, buffer.size):
+            go_on()
             part = buffer[: stop - at]
             super().read_into(name, at, part)
             crc = zlib.crc32(part, crc)

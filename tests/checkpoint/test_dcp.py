@@ -190,7 +190,8 @@ def test_steps_that_differ_inside_a_group_are_refused(runs: Path, tmp_path: Path
     edited = shutil.copytree(runs / "nested", tmp_path / "nested")
     root = load((edited / ".metadata").read_bytes(), "x")
     places = {k.state["fqn"]: i for k, i in root.state["storage_data"].items()}
-    places["optim.state.up.weight.step"].state.update(places["model.factor"].state)
+    step, factor = places["optim.state.up.weight.step"], places["model.factor"]
+    step.state, factor.state = factor.state, step.state
     (edited / ".metadata").write_bytes(dump(root).data)
     with pytest.raises(Misuse, match=r"step of up.weight is 2.5, of others of its group 3.0"):
         opened(edited)

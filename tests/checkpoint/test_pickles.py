@@ -1,14 +1,19 @@
 """Pickles are read without being run: what torch writes comes back, what attacks is refused."""
 
 import io
+import json
+import pickle
 import struct
 import subprocess
 import sys
 import zipfile
+from argparse import Namespace
 from collections import OrderedDict
-from pathlib import Path
+from datetime import datetime
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,8 +22,8 @@ from hypothesis import strategies as st
 from outlast.checkpoint.formats import pickles
 from outlast.checkpoint.formats.pickle_writer import dump
 from outlast.checkpoint.formats.pickles import Opaque, Size, Symbol, TensorRef, load
-from outlast.checkpoint.formats.plain import from_json, to_json
-from outlast.cluster.errors import Corrupt
+from outlast.checkpoint.formats.plain import carried, from_json, to_json
+from outlast.cluster.errors import Corrupt, Misuse
 
 SCALARS = (
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False)
@@ -100,6 +105,59 @@ def test_objects_keep_their_names_and_do_nothing() -> None:
     assert (told["a"].state, told["b"].args, told["d"]) == (made.state, (2,), (2, 3))
 
 
+HANDLER = "torch.distributed.elastic.multiprocessing.subprocess_handler.SubprocessHandler"
+LAUNDERED: dict[str, Any] = {
+    "a class that does something": Opaque(HANDLER, ("/usr/bin/touch",)),
+    "a function": Opaque("os.system", ("touch mark",)),
+    "the name of a class": Symbol(HANDLER),
+    "lines of a program": Symbol("torch.bool\n(S'touch mark'\nios\nsystem\n"),
+    "a dtype of addresses": Opaque("numpy.dtype", ("O8", False, True)),
+    "a dtype that lies": Opaque("numpy.dtype", ("V8", False, True), (3, "|", None, None, None)),
+    "a number that lies": Opaque("numpy.dtype", ("f8",), (3, "<", None, ("a",), {}, 8, 1, 0)),
+}
+
+
+@pytest.mark.parametrize("name", LAUNDERED)
+def test_what_may_run_code_is_neither_carried_on_nor_written(name: str) -> None:
+    value, notes = LAUNDERED[name], list[str]()
+    for some in (value, [value], Opaque("argparse.Namespace", (), {"a": value})):
+        with pytest.raises(Misuse, match="might run code"):
+            dump(some)
+        with pytest.raises(TypeError):
+            to_json(some)
+    told = {"args": Opaque("argparse.Namespace", (), {"a": value, "b": 1}), "c": 2}
+    kept = from_json(carried(told, "state", notes.append))
+    assert (kept["args"].state, kept["c"], len(notes)) == ({"b": 1}, 2, 1)
+    assert value.name[:9] in notes[0]
+    # A checkpoint that another program has written, as JSON with a right checksum.
+    body = [value.name, {"!": "tuple", "of": []}, None]
+    symbol = isinstance(value, Symbol)
+    hostile = {"!": "symbol" if symbol else "object", "of": value.name if symbol else body}
+    with pytest.raises(Misuse, match="might run code"):
+        dump(from_json({"client_state": hostile}))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_values_of_other_classes_are_carried_on(protocol: int) -> None:
+    values = {"arrays": np.random.default_rng(0).random((3, 4)), "at": datetime(2020, 1, 1),
+              "path": PurePosixPath("/x"), "name": Namespace(a=(1, 2)), "dtype": torch.bfloat16,
+              "c": 1 + 2j, "counts": np.arange(3)}  # fmt: skip
+    notes: list[str] = []
+    kept = carried(load(pickle.dumps(values, protocol), "x"), "state", notes.append)
+    again = load(dump(from_json(json.loads(json.dumps(kept)))).data, "x")
+    assert (notes, kept.keys()) == ([], values.keys())
+    assert to_json(again) == kept
+
+
+@pytest.mark.parametrize(
+    "value", [{"!": "x", "of": 1}, {"!": "set"}, {"!": "dict", "of": [1]}, {"!": "bytes", "of": 1},
+              {"!": "object", "of": ["a", 5, 5]}, {"!": "set", "of": [[]]}, {"!": {}, "of": 0}],
+)  # fmt: skip
+def test_json_that_nobody_wrote_is_refused(value: Any) -> None:
+    with pytest.raises(Corrupt, match="not understood"):
+        from_json({"a": [value]})
+
+
 PROGRAMS = {
     "a function": b"cos\nsystem\n(S'{}'\ntR.",
     "in torch's protocol": b"\x80\x02cposix\nsystem\nX\x0c\x00\x00\x00touch ./mark\x85R.",
@@ -143,7 +201,27 @@ def text(value: str) -> bytes:
     return struct.pack("<cI", b"X", len(value)) + value.encode()
 
 
+def again(made: bytes, name: bytes, times: int) -> bytes:
+    """A list of what a function makes of one value, `times` over."""
+    known = b"\x80\x02" + made + b"q\x000c" + name + b"q\x010]("
+    return known + b"h\x01h\x00\x85R" * times + b"e."
+
+
 BOMBS = {
+    "bytes again and again": again(text("a" * 2**20), b"_codecs\nencode\n", 6),
+    "sets again and again": again(
+        b"]" + (b"(" + b"K\x01" * 1000 + b"e") * 2, b"__builtin__\nset\n", 900
+    ),
+    "names again and again": (
+        b"\x80\x02"
+        + text("torch")
+        + b"q\x000"
+        + text("A" * 2**20)
+        + b"q\x010]("
+        + b"h\x00h\x01\x93" * 7
+        + b"e."
+    ),
+    "a key of many parts": b"\x80\x02}(" + b"K\x01" * 65 + b"tNs.",
     "a name of no checkpoint": b"\x80\x02cunknown.package\nClass\n)R.",
     "a function of torch": b"\x80\x02ctorch.hub\nload\n)R.",
     "an extension of copyreg": b"\x80\x02\x82\x01.",

@@ -4,6 +4,8 @@ import io
 import os
 import shutil
 import struct
+import threading
+import time
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -22,6 +24,7 @@ from outlast.checkpoint.formats import torch_zip
 from outlast.checkpoint.formats.folder import Folder
 from outlast.checkpoint.formats.pickles import Opaque, TensorRef
 from outlast.checkpoint.formats.torch_zip import ZipFolder, length, read, records, values, write
+from outlast.checkpoint.pool import spread
 from outlast.cluster.errors import Corrupt, Misuse
 from outlast.layout.run import Run
 
@@ -55,6 +58,38 @@ def test_what_torch_saved_is_read(tmp_path: Path, protocol: int) -> None:
         assert (ref.dtype, ref.shape) == (str(made[name].dtype)[6:], tuple(made[name].shape))
         assert bits(values(folder, ref)) == bits(made[name]), name
     assert got["all"]["tied"] == got["all"]["again"]  # one storage
+
+
+def test_a_check_ends_when_nobody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record may be larger than what is read in a minute."""
+    blocks, begun = list[int](), threading.Event()
+
+    def read_into(self: Folder, name: str, offset: int, out: Any) -> None:
+        blocks.append(offset)
+        begun.set()
+        time.sleep(0.002)
+
+    def fail(tick: Any) -> None:
+        begun.wait()
+        raise Misuse("enough")
+
+    monkeypatch.setattr(Folder, "read_into", read_into)
+    folder = ZipFolder(tmp_path)
+    folder.expect("a.pt", torch_zip.Record("data/0", 0, 0, 1 << 32, 0))
+    first = np.empty(1, np.uint8)
+    tasks = [("read", lambda tick: folder.read_into("a.pt", 0, first)), ("fail", fail)]
+    with pytest.raises(Misuse, match="enough"):
+        list(spread(tasks, 2, lambda size: None))
+    assert len(blocks) < 500  # of 1024
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800"])
+@pytest.mark.parametrize("follow", [False, True])
+def test_what_cannot_be_a_name_is_refused(tmp_path: Path, name: str, follow: bool) -> None:
+    with pytest.raises(Corrupt, match="no name of a file"):
+        Folder(tmp_path, follow).size(name)
 
 
 def small() -> tuple[dict[str, Any], dict[str, torch_zip.Fill]]:
