@@ -79,7 +79,11 @@ def convert(job: Conversion, progress: Progress) -> Path:
             the format cannot hold.
         Corrupt: of the source; or the result is not what it should be: nothing is left of it.
     """
-    _check_place(job)
+    if _is_published(job):  # and nothing more: an earlier try ended right there
+        with _journal(job.part):
+            _conclude(job)
+        return job.place
+    check_place(job)
     job.part.mkdir(parents=True, exist_ok=True)
     with _journal(job.part) as journal:
         identity = _identity(job)
@@ -100,12 +104,27 @@ def convert(job: Conversion, progress: Progress) -> Path:
     return job.place
 
 
-def _check_place(job: Conversion) -> None:
+def check_place(job: Conversion, size: int = 0) -> None:
+    """Misuse where the destination is taken, in the source, or on a disk without `size` bytes."""
     place, source = job.place, job.source.path
+    if os.path.ismount(place):
+        raise Misuse(f"{place} is a disk of its own: give a directory on it")
     if place.is_symlink() or (place.exists() and (not place.is_dir() or any(place.iterdir()))):
         raise Misuse(f"{place} exists: give another destination, or remove it")
-    if isinstance(source, Path) and place.is_relative_to(os.path.abspath(source)):
+    if isinstance(source, Path) and place.resolve().is_relative_to(source.resolve()):
         raise Misuse(f"{place} lies in the source: give another destination")
+    _check_latest(job)
+    there = next(path for path in (job.part, *job.part.parents) if path.exists())
+    if (free := shutil.disk_usage(there).free) < size:
+        raise Misuse(f"{there} has {free:,} bytes free, and {size:,} are needed")
+
+
+def _check_latest(job: Conversion) -> None:
+    """What a job in that directory would load must stay what it is."""
+    latest = job.place.parent / (job.to.writer.LATEST or "")
+    named = latest.read_text(errors="replace").strip() if latest.is_file() else job.place.name
+    if named != job.place.name:
+        raise Misuse(f"{latest} names {named[:99]!r}: give another destination, or remove it")
 
 
 @contextmanager
@@ -142,12 +161,12 @@ def _begin(journal: TextIO, identity: str, directory: Path) -> set[str]:
     """What is done already; of another conversion nothing is kept."""
     journal.seek(0)
     first, *done = journal.read().split("\n")[:-1] or [""]  # the last one may be half
-    if first != identity:
+    if first != identity or not directory.exists():
         shutil.rmtree(directory, ignore_errors=True)
         journal.truncate(0)
+        directory.mkdir()  # before the journal: where it is missing later, it was renamed
         _note(journal, identity)
         done = []
-    directory.mkdir(exist_ok=True)
     return set(done)
 
 
@@ -162,9 +181,7 @@ def _write(
     left = [item for item in items if repr(item.name) not in done]
     total = sum(item.size for item in items)
     at = total - sum(item.size for item in left)
-    free = shutil.disk_usage(job.part).free
-    if free < total - at:
-        raise Misuse(f"{job.part} has {free:,} bytes free, and {total - at:,} are needed")
+    check_place(job, total - at)
     tick = counted(progress, "writing", total, at)
     try:
         for last in (False, True):
@@ -213,11 +230,25 @@ def _prove(job: Conversion, directory: Path, progress: Progress) -> None:
 
 
 def _publish(job: Conversion, directory: Path) -> None:
-    place = job.place
+    _check_latest(job)
     try:
-        directory.rename(place)
+        directory.rename(job.place)
     except OSError as cause:
-        raise Misuse(f"{place} appeared meanwhile: {cause}") from cause
+        raise Misuse(f"{job.place} appeared meanwhile: {cause}") from cause
+    _conclude(job)
+
+
+def _is_published(job: Conversion) -> bool:
+    """Whether this very conversion was ended after the rename."""
+    journal = job.part / "journal"
+    if not journal.exists() or not job.place.is_dir() or (job.part / job.place.name).exists():
+        return False
+    return journal.read_text(encoding="utf-8").partition("\n")[0] == _identity(job)
+
+
+def _conclude(job: Conversion) -> None:
+    """Name it in LATEST, which comes last."""
+    place = job.place
     _flush(place.parent)
     if job.to.writer.LATEST:
         draft = job.part / "latest"

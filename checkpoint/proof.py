@@ -5,6 +5,7 @@ compared with the source's, and so is every element, in the precision that the f
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from outlast.checkpoint.contents import UNTRAINED, Array, Contents
-from outlast.checkpoint.dtypes import cast
+from outlast.checkpoint.dtypes import cast, dtype_of
 from outlast.checkpoint.formats.registry import FACTS, GROUPS, OPTIMIZER, RUN, Format, Opened
 from outlast.checkpoint.grid import grid
 from outlast.checkpoint.items import Wanted
@@ -26,8 +27,14 @@ from outlast.cluster.errors import Corrupt, Misuse
 KEPT_FACTS = ("lr_scheduler", "client_state")
 
 
-def left_behind(contents: Contents, target: Format) -> Iterator[str]:
+def left_behind(contents: Contents, target: Format, wanted: Wanted) -> Iterator[str]:
     """What the source has and the format has no place for, one sentence each."""
+    stored = target.stored(contents, wanted)
+    casts = Counter((a.role, a.dtype, stored[a.key].dtype) for a in contents.arrays
+                    if a.key in stored)  # fmt: skip
+    for (role, was, now), count in casts.items():
+        if not np.can_cast(dtype_of(was), dtype_of(now), "safe"):
+            yield f"{role}: {count} of {was} are rounded to {now}"
     roles = contents.optimizer_roles
     if OPTIMIZER in target.lacks and roles:
         yield f"{target.name} holds weights only: {', '.join(roles)} stay behind"

@@ -26,6 +26,7 @@ FORMATS = ("native", "deepspeed", "universal", "dcp", "safetensors", "megatron")
 EXIT_WRONG, EXIT_INTERRUPTED = 1, 130
 _LINE_S = 10.0  # between lines of progress where there is no terminal
 _TEXT_MAX = 300  # of a fact in a table
+_RANKS_MAX = 1 << 16  # that a checkpoint is believed to be of
 _COLUMNS = 120  # of a table where there is no terminal
 
 
@@ -44,7 +45,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.command()
 @click.argument("source")
-@click.argument("destination", type=click.Path(path_type=Path))
+@click.argument("destination")
 @click.option("--to", required=True, type=click.Choice(FORMATS), help="Format to write.")
 @click.option("--ranks", type=click.IntRange(1), help="Data-parallel ranks that will load it "
               "[default: those of the source, or 1].")  # fmt: skip
@@ -55,7 +56,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--check", is_flag=True, help="Show what would become of everything, write nothing.")
 @click.option("--proof/--no-proof", default=True, help="Read the result again and compare it.")
 @_options
-def convert(source: str, destination: Path, **options: Any) -> None:
+def convert(source: str, destination: str, **options: Any) -> None:
     """Write the checkpoint SOURCE in another format into DESTINATION, and prove it.
 
     What was written is read again and compared with the source, element by element, before it
@@ -67,16 +68,19 @@ def convert(source: str, destination: Path, **options: Any) -> None:
     from outlast.checkpoint.items import Wanted
     from outlast.checkpoint.proof import left_behind
 
+    to = known[options["to"]]
+    for choice in ("ranks", "stage", "dtype"):
+        if options[choice] and choice not in to.choices:
+            raise Misuse(f"--{choice} makes no difference to {to.name}: leave it out")
+    if "://" in destination:
+        raise Misuse(f"{destination} is a URL: convert into a directory, and copy that")
     with _opened(source, options) as opened:
         contents = opened.source.contents
         ranks, stage = options["ranks"] or _was(contents, "ranks"), options["stage"]
         wanted = Wanted(ranks=ranks, stage=stage or min(3, _was(contents, "stage")),
                         dtype=options["dtype"])  # fmt: skip
-        if wanted.dtype and options["to"] != "safetensors":
-            raise Misuse(f"--dtype: {options['to']} keeps every array in its own precision")
-        job = Conversion(source=opened, to=known[options["to"]], destination=destination,
-                         wanted=wanted, workers=options["workers"],
-                         proof=options["proof"])  # fmt: skip
+        job = Conversion(source=opened, to=to, destination=Path(destination), wanted=wanted,
+                         workers=options["workers"], proof=options["proof"])  # fmt: skip
         if options["check"]:
             sys.exit(_check(job))
         try:
@@ -86,7 +90,7 @@ def convert(source: str, destination: Path, **options: Any) -> None:
             _say(f"outlast: interrupted; what is done is kept in {job.part}: "
                  "the same command goes on", error=True)  # fmt: skip
             sys.exit(EXIT_INTERRUPTED)
-        for text in (*left_behind(contents, job.to), *contents.left_out):
+        for text in (*left_behind(contents, to, wanted), *contents.left_out):
             _say(f"not carried: {text}", error=True)
         _say(f"{place}: every element is the source's" if job.proof else f"{place}: not proven")
 
@@ -133,7 +137,7 @@ def _was(contents: "Contents", what: str) -> int:
     """How many ranks the source was written by, or its stage; 1 where it does not say."""
     source = contents.facts.get("source")
     value = source.get(what) if isinstance(source, dict) else None
-    return value if isinstance(value, int) and value > 0 else 1
+    return value if isinstance(value, int) and 0 < value <= _RANKS_MAX else 1
 
 
 @contextmanager
@@ -233,7 +237,8 @@ def _show(opened: "Opened") -> None:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=str).strip("{}")
+    text = json.dumps(value, default=str)
+    text = text[1:-1] if isinstance(value, dict) else text
     return text if len(text) <= _TEXT_MAX else f"{text[:_TEXT_MAX]}…"
 
 
@@ -260,6 +265,7 @@ def _list(opened: "Opened", workers: int) -> None:
 def _check(job: "Conversion") -> int:
     """What would become of everything; the exit code."""
     from outlast.checkpoint import proof
+    from outlast.checkpoint.convert import check_place
     from outlast.checkpoint.dtypes import nbytes
 
     contents = job.source.source.contents
@@ -278,9 +284,13 @@ def _check(job: "Conversion") -> int:
         _say(f"group {index}: {len(group.names)} tensors, {_short(group.hyper)}")
     for alias, name in contents.aliases.items():
         _say(f"tied: {alias} is {name}, stored once")
-    for text in (behind := list(proof.left_behind(contents, job.to))):
+    for text in (behind := list(proof.left_behind(contents, job.to, job.wanted))):
         _say(f"as the format is: {text}")
     size, wrong = proof.planned(job.source, job.to, job.wanted)
+    try:
+        check_place(job, size)
+    except Misuse as error:
+        wrong.append(str(error))
     if (more := size - nbytes(kept.values())) > 0:
         _say(f"{size:,} bytes, {more:,} of them headers, padding, second copies")
     wrong += [f"left out: {text}" for text in contents.left_out]

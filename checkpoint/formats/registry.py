@@ -20,26 +20,28 @@ class Format:
     """A format's modules, which are imported when they are used.
 
     Args:
-        reading: has `find(path)` and `open(path, follow)`, maybe `disagreements(source)`.
+        module: has `find(path)` and `open(path, follow)`, maybe `disagreements(source)`.
         writing: has `plan(source, directory, wanted)`, `name_of(contents)` and `LATEST`, maybe
-            `stored(array, contents, wanted)`: what becomes of an array.
+            `stored(array, contents, wanted)`: what becomes of an array. "" for `module`.
+        choices: fields of `Wanted` that are for it.
         lacks: what it has no place for.
     """
 
     name: str
-    reading: str
-    writing: str
+    module: str
+    writing: str = ""
+    choices: frozenset[str] = frozenset()
     lacks: frozenset[str] = frozenset({RUN})
 
     @property
     def reader(self) -> ModuleType:
         """Its reading module."""
-        return import_module(f"outlast.checkpoint.{self.reading}")
+        return import_module(f"outlast.checkpoint.{self.module}")
 
     @property
     def writer(self) -> ModuleType:
         """Its writing module."""
-        return import_module(f"outlast.checkpoint.{self.writing}")
+        return import_module(f"outlast.checkpoint.{self.writing or self.module}")
 
     def stored(self, contents: Contents, wanted: Wanted) -> dict[str, Array]:
         """Key -> the array as this format holds it, for all that it holds."""
@@ -49,13 +51,14 @@ class Format:
 
 
 _ALL = (
-    Format("native", "native", "native", frozenset()),
-    Format("universal", "formats.universal", "formats.universal"),
-    Format("deepspeed", "formats.deepspeed", "formats.deepspeed_write"),
-    Format("megatron", "formats.megatron", "formats.megatron"),
-    Format("dcp", "formats.dcp", "formats.dcp"),
-    Format("safetensors", "formats.safetensors", "formats.safetensors",
-           frozenset({OPTIMIZER, GROUPS, FACTS, RUN})),
+    Format("native", "native", lacks=frozenset()),
+    Format("universal", "formats.universal"),
+    Format("deepspeed", "formats.deepspeed", "formats.deepspeed_write",
+           choices=frozenset({"ranks", "stage"})),
+    Format("megatron", "formats.megatron", choices=frozenset({"ranks"})),
+    Format("dcp", "formats.dcp", choices=frozenset({"ranks"})),
+    Format("safetensors", "formats.safetensors", choices=frozenset({"dtype"}),
+           lacks=frozenset({OPTIMIZER, GROUPS, FACTS, RUN})),
 )  # fmt: skip
 FORMATS = {each.name: each for each in _ALL}  # what is recognised first is first
 
@@ -85,7 +88,11 @@ def open_checkpoint(place: Path | str, name: str | None = None, follow: bool = F
     found = [(each, place) for each in tried if (place := each.reader.find(path))]
     if not found:
         what = f"a checkpoint of {name}" if name else f"one of {', '.join(FORMATS)}"
-        raise Misuse(f"{path} is not {what}" + ("" if path.exists() else ": it does not exist"))
+        why = "" if path.exists() else ": it does not exist"
+        for file in (path / each.writer.LATEST for each in tried if each.writer.LATEST):
+            if file.is_file():
+                why = f": {file} names {file.read_text(errors='replace')[:99]!r}"
+        raise Misuse(f"{path} is not {what}{why}")
     (first, place), others = found[0], [each.name for each, at in found if at != found[0][1]]
     if others:
         raise Misuse(f"{path} has {first.name} and {', '.join(others)}: choose with --from")
@@ -100,4 +107,6 @@ def _remote(url: str, native: Format) -> Opened:
         if not names:
             raise Misuse(f"{url} has no native checkpoint: another format is copied here first")
         store = store.within(names[0])
-    return Opened(native, store.place("").rstrip("/"), native.reader.NativeSource(store))
+    place = store.place("")
+    place = place.rstrip("/") if isinstance(place, str) else place
+    return Opened(native, place, native.reader.NativeSource(store))

@@ -11,7 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,13 +193,15 @@ def name_of(contents: Contents) -> str:
 
 
 def stored(array: Array, contents: Contents, wanted: Wanted) -> Array:
-    """The array as it is written: weights in the working dtype, or in the wanted one."""
+    """The array as it is written: an optimizer's masters in the dtype of the model.
+
+    Weights without an optimizer are of the dtypes that the model has, one for each maybe.
+    """
     dtype = array.dtype
-    if array.role == PARAM:
-        dtype = wanted.dtype or contents.dtype
-    elif array.role == FROZEN and dtype.startswith(("float", "bfloat")):
-        dtype = wanted.dtype or dtype
-    return Array(array.role, array.name, array.shape, dtype)
+    if array.role in (PARAM, FROZEN) and dtype.startswith(("float", "bfloat")):
+        master = array.role == PARAM and dtype == "float32" and contents.groups
+        dtype = wanted.dtype or (contents.dtype if master else dtype)
+    return replace(array, dtype=dtype)
 
 
 def plan(source: Source, directory: Path, wanted: Wanted) -> list[Item]:
@@ -241,7 +243,7 @@ def plan(source: Source, directory: Path, wanted: Wanted) -> list[Item]:
 
 def _size(array: Array) -> int:
     if array.dtype not in _CODES:
-        raise Misuse(f"safetensors has no {array.dtype}, which {array.name} is: give --dtype")
+        raise Misuse(f"safetensors has no {array.dtype}, which {array.name} is")
     return nbytes([array])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import deepspeed_runs
 import numpy as np
 import pytest
-from held import Held, conversion, digests, held, into, silent
+from held import Held, conversion, digests, held, into, random, silent
 
 from outlast.checkpoint import convert as engine
 from outlast.checkpoint import proof
@@ -59,7 +59,7 @@ def assert_same(found: Contents, truth: Contents) -> None:
 def test_weights_alone_leave_the_optimizer_behind(
     made: dict[str, Opened], name: str, tmp_path: Path
 ) -> None:
-    told = list(proof.left_behind(made[name].source.contents, FORMATS["safetensors"]))
+    told = list(proof.left_behind(made[name].source.contents, FORMATS["safetensors"], Wanted()))
     assert any("exp_avg, exp_avg_sq stay behind" in text for text in told)
     found = into(made[name], "safetensors", tmp_path)
     assert digests(found.source) == digests(made["safetensors"].source)
@@ -72,6 +72,31 @@ def test_half_precision_keeps_its_masters(name: str, tmp_path: Path) -> None:
     found = into(source, name, tmp_path)
     assert digests(found.source) == digests(source)
     assert found.source.contents.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["native", "dcp", "safetensors"])
+def test_weights_of_several_dtypes_stay_what_they_are(name: str, tmp_path: Path) -> None:
+    dtypes = ["float8_e4m3fn", "float8_e4m3fn", "float8_e4m3fn", "bfloat16", "float32"]
+    arrays = tuple(Array("param", f"w{i}", (9,), dtype) for i, dtype in enumerate(dtypes))
+    source = Held(Contents(7, arrays, dtype=dtypes[0]), {a.key: random(a) for a in arrays})
+    assert digests(into(source, name, tmp_path).source) == digests(source)
+    assert list(proof.left_behind(source.contents, FORMATS[name], Wanted())) == []
+
+
+@pytest.mark.parametrize(("was", "to", "wanted"), [
+    ("float32", "safetensors", Wanted(dtype="float16")), ("float64", "deepspeed", Wanted()),
+    ("float64", "universal", Wanted()), ("complex64", "deepspeed", Wanted()),
+])  # fmt: skip
+def test_what_is_rounded_is_told(was: str, to: str, wanted: Wanted, tmp_path: Path) -> None:
+    contents = held().contents
+    arrays = tuple(replace(a, dtype=was) if a.role == "param" else a for a in contents.arrays)
+    contents = replace(contents, arrays=arrays)
+    now = wanted.dtype or "float32"
+    told = list(proof.left_behind(contents, FORMATS[to], wanted))
+    assert f"param: 6 of {was} are rounded to {now}" in told
+    if was == "complex64":
+        with pytest.raises(Misuse, match="complex64, which ZeRO does not train"):
+            into(Held(contents, {}), to, tmp_path)
 
 
 # ---- a result that is not what it should be
@@ -238,8 +263,40 @@ def test_destinations_that_are_refused(tmp_path: Path) -> None:
             convert(conversion(source, "safetensors", out), silent)
     assert (tmp_path / ".out.part" / "mine").exists()
     stored = into(held(), "native", tmp_path / "second")
-    with pytest.raises(Misuse, match="lies in the source"):
-        convert(conversion(stored, "safetensors", stored.path / "out"), silent)
+    (tmp_path / "link").symlink_to(stored.path)
+    for place in (stored.path, tmp_path / "link"):
+        with pytest.raises(Misuse, match="lies in the source"):
+            convert(conversion(stored, "safetensors", place / "out"), silent)
+    with pytest.raises(Misuse, match="a disk of its own"):
+        convert(conversion(stored, "safetensors", Path("/proc")), silent)
+    (tmp_path / "latest").write_text("global_step5000")
+    with pytest.raises(Misuse, match="latest names 'global_step5000'"):
+        convert(conversion(stored, "deepspeed", tmp_path), silent)
+    assert (tmp_path / "latest").read_text() == "global_step5000"
+    (tmp_path / "latest").write_text("global_step7\n")
+    convert(conversion(stored, "deepspeed", tmp_path), silent)
+
+
+def test_ended_right_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = into(held(), "native", tmp_path / "first")
+    job = conversion(opened, "deepspeed", tmp_path / "out")
+
+    def end(*paths: Path) -> None:
+        if job.place.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_flush", end)
+        with pytest.raises(KeyboardInterrupt):
+            convert(job, silent)
+    assert job.part.exists()
+    with pytest.raises(Misuse, match="exists"):
+        convert(replace(job, proof=False), silent)
+    convert(job, silent)
+    assert (tmp_path / "out" / "latest").read_text() == job.place.name
+    assert not job.part.exists()
+    with pytest.raises(Misuse, match="exists"):
+        convert(job, silent)
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
@@ -279,6 +336,9 @@ def test_what_is_nothing_and_what_is_two(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
     with pytest.raises(Misuse, match="is not a checkpoint of dcp"):
         open_checkpoint(tmp_path, "dcp")
+    (tmp_path / "latest").write_text("global_step9")
+    with pytest.raises(Misuse, match="latest names 'global_step9'"):
+        open_checkpoint(tmp_path)
     into(held(), "native", tmp_path)
     into(held(), "safetensors", tmp_path / "s")
     (tmp_path / "s" / "safetensors" / "model.safetensors").rename(

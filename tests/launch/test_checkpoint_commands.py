@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def run(*words: object) -> Result:
 def step(tmp_path: Path) -> Path:
     """A native step, converted from somewhere by two ranks in stage 2."""
     source = {"format": "deepspeed", "ranks": 2, "stage": 2}
-    facts = held().contents.facts | {"source": source}
+    facts = held().contents.facts | {"source": source, "client_state": {"a": {"b": 1}}}
     return into(held("bfloat16", run={"seed": 3}, facts=facts), "native", tmp_path).path
 
 
@@ -42,7 +43,8 @@ def test_inspect(step: Path) -> None:
         for text in ["native, step 7, 681 parameters in bfloat16, 8,297 bytes",
                      r"exp_avg_sq +6 +681 +2,724 +float32", r"frozen +1 +40 +80 +bfloat16",
                      r'1 +3 +"lr": 0.0003.*"weight_decay": 0.0', "head.weight is wte.weight",
-                     r"seed +3", r'lr_scheduler +"last_epoch": 7']:  # fmt: skip
+                     r"seed +3", r'lr_scheduler +"last_epoch": 7',
+                     r'client_state +"a": {"b": 1}']:  # fmt: skip
             assert re.search(text, shown.output), text
 
 
@@ -116,6 +118,24 @@ def test_check_tells_of_what_cannot_be_written(tmp_path: Path) -> None:
     assert (shown.exit_code, "WRONG: " in shown.output) == (1, True), shown.output
 
 
+def test_check_looks_where_it_would_be_written(
+    step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("convert", "--check", "--to", "native", step)
+    shown = run(*words, step.parent)
+    assert (shown.exit_code, f"WRONG: {step} exists" in shown.output) == (1, True), shown.output
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    shown = run(*words, tmp_path / "a" / "b")
+    assert (shown.exit_code, "100 bytes free" in shown.output) == (1, True), shown.output
+
+
+def test_ranks_that_nobody_has(tmp_path: Path) -> None:
+    source = into(held(facts={"source": {"ranks": 10**9}}), "native", tmp_path)
+    assert run("convert", source.path, tmp_path / "out", "--to", "dcp").exit_code == 0
+    assert len(list((tmp_path / "out").glob("*.distcp"))) == 1
+
+
 def test_ranks_and_stage_are_those_of_the_source(step: Path, tmp_path: Path) -> None:
     for flags, files in {(): 2, ("--ranks", 3): 3, ("--stage", 3): 2}.items():
         out = tmp_path / "-".join(map(str, ("out", *flags)))
@@ -132,6 +152,9 @@ def test_ranks_and_stage_are_those_of_the_source(step: Path, tmp_path: Path) -> 
         (["convert", "none", "out", "--to", "dcp"], "does not exist"),
         (["convert", ".", "out", "--to", "zip"], "--to"),
         (["convert", "{step}", "out", "--to", "native", "--dtype", "float32"], "--dtype"),
+        (["convert", "{step}", "out", "--to", "safetensors", "--stage", "3"], "--stage"),
+        (["convert", "{step}", "out", "--to", "universal", "--ranks", "3"], "--ranks"),
+        (["convert", "{step}", "s3://bucket/a", "--to", "dcp"], "s3://bucket/a is a URL"),
         (["convert", "{step}", "{step}/out", "--to", "dcp"], "lies in the source"),
         (["inspect", "{step}", "--from", "dcp"], "is not a checkpoint of dcp"),
         (["verify", "."], "is not one of native"),
@@ -174,6 +197,7 @@ def test_a_checkpoint_in_a_bucket(step: Path, tmp_path: Path) -> None:
         assert run("inspect", "--tensors", url).output == run("inspect", "--tensors", step).output
     assert run("verify", "memory://bucket/run").exit_code == 0
     assert run("convert", "memory://bucket/run", tmp_path / "u", "--to", "dcp").exit_code == 0
+    assert run("inspect", f"file://{step}").output == run("inspect", step).output
     told = run("inspect", "memory://bucket")
     assert (told.exit_code, "no native checkpoint" in str(told.exception)) == (1, True)
 
