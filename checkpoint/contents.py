@@ -9,7 +9,7 @@ tensor's shape; `frozen` and `buffer` are what is not trained.
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from math import prod
+from math import isfinite, prod
 from typing import Any, Self
 
 PARAM, FROZEN, BUFFER = "param", "frozen", "buffer"
@@ -94,6 +94,8 @@ class Contents:
         """What contradicts itself, one sentence each; nothing for what can be used."""
         if len(self.by_key) != len(self.arrays):
             yield "two arrays of one role and name"
+        if not 0 <= self.step < 2**63:
+            yield f"its step is {self.step:.4g}"
         shapes = {array.name: array.shape for array in self.of(PARAM)}
         for array in self.arrays:
             if array.role not in UNTRAINED and shapes.get(array.name) != array.shape:
@@ -115,17 +117,35 @@ class Contents:
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Self:
-        """What `as_json` described; ValueError, TypeError or KeyError for anything else."""
+        """What `as_json` described.
+
+        Raises:
+            ValueError, TypeError, KeyError, ArithmeticError: it is anything else.
+        """
         arrays = tuple(
             Array(str(role), str(name), tuple(map(int, shape)), str(dtype))
             for role, name, shape, dtype in plain["arrays"]
         )
         groups = tuple(
-            Group(tuple(map(str, g["names"])), dict(g["hyper"]), dict(g["scalars"]))
+            Group(tuple(map(str, g["names"])), dict(g["hyper"]), _numbers(g["scalars"]))
             for g in plain["groups"]
         )
         typed: dict[str, Any] = {"arrays": arrays, "groups": groups}
         typed |= {"step": int(plain["step"]), "dtype": str(plain["dtype"])}
         typed["left_out"] = tuple(map(str, plain["left_out"]))
         typed |= {name: dict(plain[name]) for name in ("aliases", "facts", "run")}
+        for name in _DICTS & typed["facts"].keys():
+            typed["facts"][name] = dict(typed["facts"][name] or {})
         return cls(**(plain | typed))
+
+
+_DICTS = {"client_state", "ds_config", "loss_scaler", "megatron", "source",
+          "universal_checkpoint_info"}  # fmt: skip
+
+
+def _numbers(told: dict[str, Any]) -> dict[str, float]:
+    """Numbers by name: what a counter of an optimizer can be."""
+    for name, value in told.items():
+        if not isinstance(value, int | float) or not isfinite(value):
+            raise ValueError(f"{name} is {value!r:.99}, which is no number")
+    return dict(told)

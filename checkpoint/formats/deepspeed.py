@@ -1,4 +1,4 @@
-"""Native checkpoints of DeepSpeed: ZeRO 1 to 3 in every precision, and stage 0, read in place.
+"""Native checkpoints of DeepSpeed: ZeRO 1 to 3 in every precision, read in place.
 
     save/latest                                                     the tag
     save/global_step3/mp_rank_00_model_states.pt                    of each tensor rank; in ZeRO 3
@@ -22,7 +22,7 @@ from outlast.checkpoint.contents import BUFFER, FROZEN, PARAM, Array, Contents
 from outlast.checkpoint.dtypes import cast
 from outlast.checkpoint.formats.deepspeed_layout import split
 from outlast.checkpoint.formats.deepspeed_model import Model, State, numel
-from outlast.checkpoint.formats.deepspeed_optimizer import Plain, Zero
+from outlast.checkpoint.formats.deepspeed_optimizer import Zero
 from outlast.checkpoint.formats.folder import Folder, corrupt
 from outlast.checkpoint.formats.pieces import PieceSource
 from outlast.checkpoint.formats.slices import Located, MergedSource, Merges, Slices
@@ -85,7 +85,8 @@ def open(path: Path, follow: bool = False) -> Source:
 
     Raises:
         Corrupt: files are damaged, missing, or not of one save.
-        Misuse: it is of a kind that is not read: pipeline stages, experts, the elastic format.
+        Misuse: it is of a kind that is not read: stage 0, pipeline stages, experts, the elastic
+            format.
     """
     with ExitStack() as opened:
         folder = ZipFolder(path, follow)
@@ -116,16 +117,12 @@ class _Reader:
     def source(self) -> DeepSpeedSource:
         """Read what there is."""
         note = self.left_out.append
-        optimizer = (
-            Zero(self.folder, self.models, self.states, note)
-            if self.states
-            else Plain(self.folder, self.model, note)
-        )
+        optimizer = Zero(self.folder, self.models, self.states, note)
         if optimizer.partitioned != self.model.state.name.startswith("zero_"):
             raise self.model.state.wrong("its name is not that of the optimizer's ZeRO stage")
         groups = optimizer.add_to(self.slices)
         trained = {name for group in groups for name in group.names}
-        self._frozen(trained, optimizer.partitioned)
+        self._frozen(optimizer.partitioned)
         for name in self.model.buffers:
             _whole(self.slices, BUFFER, name, [self.model])
         others = self._others([] if optimizer.partitioned else trained & {*self.model.module})
@@ -155,11 +152,10 @@ class _Reader:
         last = len(place)
         return tuple(sorted(arrays, key=lambda a: (roles.index(a.role), place.get(a.name, last))))
 
-    def _frozen(self, trained: set[str], partitioned: bool) -> None:
+    def _frozen(self, partitioned: bool) -> None:
         """Parameters that are not trained: cut in ZeRO 3, else in the module."""
-        rest = [name for name in self.model.rest if name not in trained]
         if not partitioned:
-            for name in rest:
+            for name in self.model.rest:
                 _whole(self.slices, FROZEN, name, [row[0] for row in self.models])
             return
         for name in self.model.frozen:
@@ -171,7 +167,7 @@ class _Reader:
                     ref = model.fragment(name)
                     found += [Located(tensor, s.start, s.stop, ref) for s in cut.shares(rank)]
             self.slices.add(FROZEN, name, shapes, ref.dtype, found)
-        if missing := [name for name in rest if name not in self.model.frozen]:
+        if missing := [name for name in self.model.rest if name not in self.model.frozen]:
             self.left_out.append(f"the checkpoint has no values of {', '.join(missing)}")
 
     def _others(self, trained: Iterable[str]) -> dict[str, Slices]:
@@ -194,12 +190,17 @@ def _whole(slices: Slices, role: str, name: str, models: list[Model]) -> None:
 
 
 def _files(folder: Folder) -> tuple[list[list[Model]], list[list[State]]]:
-    """The model files and the optimizer's states by [tensor rank][rank]; these [] in stage 0."""
+    """The model files and the optimizer's states by [tensor rank][rank]."""
     names = set(folder.names("*.pt"))
     if odd := [name for name in names if name.startswith("layer_") or "expert" in name]:
         raise Misuse(f"{folder.path} has {odd[0]}: pipelines and experts cannot be converted yet")
     cut = "zero_pp_rank_0_mp_rank_00_model_states.pt" in names
     first = Model.read(folder, f"{'zero_pp_rank_0_' if cut else ''}mp_rank_00_model_states.pt")
+    if not first.trained:
+        raise Misuse(
+            f"{first.state.where} is of stage 0, which does not say which parameter the optimizer's "
+            "states are of: load it with DeepSpeed, and save it with stage 1"
+        )
     ranks, tensors = (first.state.get(key, int) for key in ("dp_world_size", "mp_world_size"))
     bf16 = "bf16_" if any(name.startswith("bf16_") for name in names) else ""
 
@@ -218,9 +219,8 @@ def _files(folder: Folder) -> tuple[list[list[Model]], list[list[State]]]:
     for tensor in range(tensors):
         files = [name(tensor, rank, "model") for rank in (range(ranks) if cut else [None])]
         models.append([Model.read(folder, file) for file in files])
-        if first.trained:
-            files = [name(tensor, rank, "optim") for rank in range(ranks)]
-            states.append([_state(folder, file) for file in files])
+        files = [name(tensor, rank, "optim") for rank in range(ranks)]
+        states.append([_state(folder, file) for file in files])
     if odd := [name for name in names if _FILE.fullmatch(name)]:
         raise corrupt(folder.path / odd[0], 0, f"is of another save; this had {ranks} x {tensors}")
     for tensor, model in [(t, model) for t, row in enumerate(models) for model in row]:

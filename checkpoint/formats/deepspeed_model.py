@@ -108,7 +108,8 @@ class Model:
         known = {name for group in trained for name in group}
         shared = state.get("shared_params", dict, default={})
         aliases = {str(a): str(n) for a, n in shared.items() if a not in known}
-        aliases |= _same(module, {*known, *buffers, *aliases})
+        rest = {name: ref for name, ref in module.items() if name not in aliases}
+        aliases |= _same(rest, {*known, *buffers})
         frozen = state.shapes(state.get("frozen_param_shapes", dict, default={}))
         fragments = state.tensors("frozen_param_fragments")
         return cls(state, module, trained, frozen, fragments, aliases, buffers)
@@ -139,7 +140,7 @@ class Model:
                 note(f"{key}: what DeepSpeed's own data loading keeps")
         for name in self.state.get("module", dict, default={}):
             if str(name) not in self.module:
-                note(f"the module's {name}, which is no tensor")
+                note(f"the module's {name}, which is no tensor (load_module_strict=False)")
         told = {key: values.get(key) for key in _TOLD}
         told["client_state"] = {key: value for key, value in values.items() if key not in _OWN}
         return {k: carried(value, k, note) for k, value in told.items() if value is not None}

@@ -1,4 +1,4 @@
-"""DeepSpeed's optimizer states: flat shards of ZeRO 1 to 3, and torch's own of stage 0."""
+"""DeepSpeed's optimizer states: the flat shards of ZeRO 1 to 3."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -203,59 +203,3 @@ def _stage(state: State) -> int:
     if not isinstance(stage, int) or stage not in (1, 2, 3):
         raise state.wrong(f"zero_stage is {stage!r}")
     return stage
-
-
-class Plain:
-    """Stage 0: torch's own state dict, which numbers the parameters and does not name them."""
-
-    partitioned = False
-
-    def __init__(self, folder: Folder, model: Model, note: Note) -> None:
-        self._model, outer = model, model.state.state("optimizer")
-        self._base = outer.state("optimizer_state_dict") if "fp32_groups" in outer.values else outer
-        if "state" not in self._base.values:
-            raise Misuse(f"{outer.where}: stage 0 is read in float32 and bfloat16 only")
-        self._groups = Groups(folder, self._base, note)
-        kept = outer.get("fp32_groups", list, default=[])
-        masters: list[Any] = [
-            ref for group in kept for ref in (group if isinstance(group, list) else [None])
-        ]
-        self._masters = masters if all(isinstance(ref, TensorRef) for ref in masters) else []
-
-    def facts(self) -> dict[str, Any]:
-        """What `Contents.facts` has of it."""
-        ranks = self._model.state.get("dp_world_size", int)
-        told = "the optimizer's state does not name its parameters: by their shapes and order"
-        return {"source": {"format": "deepspeed", "stage": 0, "ranks": ranks, "assumed": told}}
-
-    def add_to(self, slices: Slices) -> tuple[Group, ...]:
-        """Add every trained parameter and its state; the parameter groups."""
-        units = self._groups.units
-        shards = [self._groups.tensors(self._base, unit) for unit in range(len(units))]
-        if self._masters and len(self._masters) == len(units):
-            shards = [{PARAM: m} | s for m, s in zip(self._masters, shards, strict=True)]
-        names: list[list[str]] = [[] for _ in self._groups.scalars]
-        for (group, _), name, shard in zip(units, self._named(shards), shards, strict=True):
-            names[group].append(name)
-            for role, ref in ({PARAM: self._model.module[name]} | shard).items():
-                slices.add(role, name, [ref.shape], ref.dtype, [Located(0, 0, ref.numel, ref)])
-        return self._groups.made(names)
-
-    def _named(self, shards: list[dict[str, TensorRef]]) -> list[str]:
-        """Names of the numbered parameters: those of a shape are in the model's order."""
-        known = defaultdict[Any, list[str]](list)
-        for name, ref in self._model.rest.items():
-            known[ref.shape].append(name)
-        wanted = defaultdict[Any, list[int]](list)
-        for unit, shard in enumerate(shards):
-            wanted[next(iter(shard.values())).shape if shard else None].append(unit)
-        names: dict[int, str] = {}
-        for shape, units in wanted.items():
-            groups = {self._groups.units[unit][0] for unit in units}
-            if len(groups) > 1 or len(known[shape]) != len(units):
-                raise Misuse(
-                    f"{self._model.state.where}: a checkpoint of stage 0 does not say which "
-                    f"optimizer state of shape {shape} is whose: save it with stage 1"
-                )
-            names |= dict(zip(units, known[shape], strict=True))
-        return [names[unit] for unit in range(len(shards))]

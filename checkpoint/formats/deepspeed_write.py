@@ -10,13 +10,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from outlast.checkpoint.contents import BUFFER, FROZEN, PARAM, Array, Contents, Group
+from outlast.checkpoint.contents import BUFFER, FROZEN, PARAM, UNTRAINED, Array, Contents, Group
 from outlast.checkpoint.dtypes import Values, cast, dtype_of
 from outlast.checkpoint.formats.deepspeed_layout import (
     Flat,
@@ -49,8 +49,7 @@ def name_of(contents: Contents) -> str:
 
 def stored(array: Array, contents: Contents, wanted: Wanted) -> Array:
     """What the files hold of an array: all that is trained in float32."""
-    trained = array.role not in (FROZEN, BUFFER)
-    return Array(array.role, array.name, array.shape, MASTER) if trained else array
+    return array if array.role in UNTRAINED else replace(array, dtype=MASTER)
 
 
 def plan(source: Source, directory: Path, wanted: Wanted) -> list[Item]:
@@ -149,9 +148,12 @@ class Model:
 
     def __init__(self, source: Source, stage: int, ranks: int) -> None:
         self.contents = contents = source.contents
-        self.facts = _decoded(contents.facts)
+        self.facts = _dict(from_json(contents.facts))
         self.config = _config(self.facts, contents.dtype, stage)
         self.stage, self.ranks = stage, ranks
+        for array in contents.arrays:
+            if array.role not in UNTRAINED and "float" not in array.dtype:
+                raise Misuse(f"{array.key} is {array.dtype}, which ZeRO does not train")
         if ranks < 1:
             raise Misuse(f"{ranks} ranks cannot load a checkpoint: --ranks 1 or more")
         self.shapes = {array.name: array.shape for array in contents.of(PARAM)}
@@ -162,7 +164,7 @@ class Model:
             *contents.of(FROZEN), *(a for a in contents.of(PARAM) if not a.numel),
         ]  # fmt: skip
         self.groups = [
-            (replace(group, hyper=_decoded(group.hyper)), names)
+            (replace(group, hyper=_dict(from_json(group.hyper))), names)
             for group in contents.groups
             if (names := [name for name in group.names if sizes[name]])
         ]
@@ -349,15 +351,7 @@ def _dict(value: Any) -> State:
 
 def _number(value: Any, default: float) -> float:
     """A number of the configuration, which may have "auto" there."""
-    return value if isinstance(value, int | float) else default
-
-
-def _decoded(facts: State) -> State:
-    """What was told of a checkpoint, as Python has it."""
-    try:
-        return _dict(from_json(facts))
-    except (LookupError, TypeError, ValueError) as cause:
-        raise Corrupt(f"the facts of the source are not understood: {cause!r}") from cause
+    return value if isinstance(value, int | float) and isfinite(value) else default
 
 
 def _config(facts: State, dtype: str, stage: int) -> State:

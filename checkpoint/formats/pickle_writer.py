@@ -112,6 +112,8 @@ def _integer(writer: _Writer, value: int) -> None:
         writer.out.append(struct.pack("<ci", b"J", value))
     else:
         size = value.bit_length() // 8 + 1
+        if size > 64:  # as they are read
+            raise Misuse(f"an integer of {size} bytes is not written")
         writer.out.append(b"\x8a%c" % size + value.to_bytes(size, "little", signed=True))
 
 

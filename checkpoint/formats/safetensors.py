@@ -166,7 +166,7 @@ def _contents(
         roles = {str(name): str(role) for name, role in note.get("roles", {}).items()}
         aliases = {str(a): str(n) for a, n in note.get("aliases", {}).items()}
         step = int(note.get("step", 0))
-    except (ValueError, TypeError, AttributeError) as cause:
+    except (ValueError, TypeError, AttributeError, OverflowError) as cause:
         raise corrupt(path, 8, f"the note of roles and tied names: {cause}") from cause
     arrays, pieces = [], {}
     weights: Counter[str] = Counter()

@@ -69,7 +69,6 @@ CASES = {
     case.name: case
     for case in [
         Case(name="z0", stage=0, frozen=False),
-        Case(name="z0_bf16", stage=0, bf16=True, frozen=False),
         Case(name="z1", stage=1),
         Case(name="z1_w4", stage=1, world=4, frozen=False),
         Case(name="z1_bf16", stage=1, bf16=True),

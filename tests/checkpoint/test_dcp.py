@@ -1,7 +1,9 @@
 """Checkpoints of real FSDP2 runs are read; FSDP2 loads what is written, on any number of ranks."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import dcp_runs
 import numpy as np
 import pytest
+from held import held, into
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +19,7 @@ from outlast.checkpoint.contents import Array
 from outlast.checkpoint.formats import dcp, distcp
 from outlast.checkpoint.formats.pickle_writer import dump
 from outlast.checkpoint.formats.pickles import Opaque, Size, load
+from outlast.checkpoint.formats.torch_zip import ZipFolder
 from outlast.checkpoint.items import Wanted
 from outlast.checkpoint.source import Source
 from outlast.cluster.errors import Corrupt, Misuse
@@ -207,6 +211,52 @@ def test_links_out_and_mixed_files_are_refused(runs: Path, tmp_path: Path) -> No
     shutil.copy(runs / "bf16" / "__1_0.distcp", edited / "__1_0.distcp")
     with pytest.raises(Corrupt, match="__1_0"):
         opened(edited)
+
+
+def test_entries_that_share_bytes_are_refused(runs: Path, tmp_path: Path) -> None:
+    """A small file would be read as often as it is named."""
+    edited = shutil.copytree(runs / "nested", tmp_path / "nested")
+    root = load((edited / ".metadata").read_bytes(), "x")
+    places = {k.state["fqn"]: i for k, i in root.state["storage_data"].items()}
+    places["extra.note"].state.update(places["extra.tokens"].state)
+    (edited / ".metadata").write_bytes(dump(root).data)
+    with pytest.raises(Corrupt, match="is in two entries"):
+        opened(edited)
+
+
+NOTES: dict[str, Any] = {
+    "step": [math.inf, -1, 10**30, None], "aliases": [{"a": "nobody"}, 5], "arrays": [[5]],
+    "facts": [5, {"client_state": [1]}, {"megatron": 5}, {"source": "x"}],
+    "groups": [[{"names": [], "hyper": {}, "scalars": {"step": each}}] for each in (
+        "x", None, math.nan, math.inf)] + [[{"names": [], "hyper": 5, "scalars": {}}]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, all_ in NOTES.items() for v in all_])
+def test_notes_that_nobody_wrote_are_refused(key: str, value: Any, tmp_path: Path) -> None:
+    for item in dcp.plan(held(groups=()), tmp_path, Wanted()):
+        item.make(lambda size: None)
+    shards = distcp.read_shards(ZipFolder(tmp_path))
+    note = json.loads(shards.objects["outlast"]) | {key: value}
+    with pytest.raises(Corrupt):
+        contents, _ = distcp.from_note(tmp_path, json.dumps(note), shards.tensors, dcp._key)
+        raise Corrupt(next(iter(contents.flaws())))
+
+
+def test_tied_buffers_and_odd_facts_are_written(tmp_path: Path) -> None:
+    facts = {"ds_config": {"zero_optimization": {"sub_group_size": math.nan}},
+             "skipped_steps": math.inf}  # fmt: skip
+    groups = [replace(group, hyper=group.hyper | {"betas": 5}) for group in held().contents.groups]
+    source = held(aliases={"mask2": "mask"}, facts=facts, groups=tuple(groups))
+    for name in ("dcp", "universal", "deepspeed", "megatron"):
+        assert into(source, name, tmp_path).source.contents.aliases == {"mask2": "mask"}
+
+
+def test_only_steps_are_chosen_among(runs: Path, tmp_path: Path) -> None:
+    for name in ("model", "optimizer"):
+        shutil.copytree(runs / "columns", tmp_path / name)
+    with pytest.raises(Misuse, match="name one of model, optimizer"):
+        dcp.find(tmp_path)
 
 
 def test_only_what_is_a_checkpoint_is_found(runs: Path, tmp_path: Path) -> None:

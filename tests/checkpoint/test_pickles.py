@@ -201,6 +201,11 @@ def text(value: str) -> bytes:
     return struct.pack("<cI", b"X", len(value)) + value.encode()
 
 
+def test_a_number_that_nobody_needs_is_not_written() -> None:
+    with pytest.raises(Misuse, match="an integer of 376 bytes"):
+        dump([2**3000])
+
+
 def again(made: bytes, name: bytes, times: int) -> bytes:
     """A list of what a function makes of one value, `times` over."""
     known = b"\x80\x02" + made + b"q\x000c" + name + b"q\x010]("

@@ -132,6 +132,7 @@ TENSOR = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
         ({"a": TENSOR, "__metadata__": {"outlast": "{"}}, "not JSON"),
         ({"a": TENSOR, "__metadata__": {"outlast": '{"roles": {"a": "exp_avg"}}'}}, "noted as"),
         ({"a": TENSOR, "__metadata__": {"outlast": '{"roles": [1]}'}}, "the note"),
+        ({"a": TENSOR, "__metadata__": {"outlast": '{"step": Infinity}'}}, "the note"),
         ({"a": TENSOR, "__metadata__": {"outlast": '{"aliases": {"b": "c"}}'}}, "is not there"),
         ([TENSOR], "not a JSON object"),
         ('{"a": 1, "a": 2}', "a name twice"),
