@@ -198,8 +198,8 @@ def _files(folder: Folder) -> tuple[list[list[Model]], list[list[State]]]:
     first = Model.read(folder, f"{'zero_pp_rank_0_' if cut else ''}mp_rank_00_model_states.pt")
     if not first.trained:
         raise Misuse(
-            f"{first.state.where} is of stage 0, which does not say which parameter the optimizer's "
-            "states are of: load it with DeepSpeed, and save it with stage 1"
+            f"{first.state.where} is of stage 0, which does not say whose the optimizer's states "
+            "are: load it with DeepSpeed, and save it with stage 1"
         )
     ranks, tensors = (first.state.get(key, int) for key in ("dp_world_size", "mp_world_size"))
     bf16 = "bf16_" if any(name.startswith("bf16_") for name in names) else ""

@@ -27,7 +27,6 @@ from outlast.layout.run import Run
 
 BYTES = 1 << 28  # of one pickle
 _STACK, _MEMO, _DEPTH, _NODES = 1 << 20, 1 << 26, 64, 1 << 20  # nodes besides one per byte
-_COPIES, _KEY = 4, 64  # of each byte, in what functions make; parts of a key
 
 STORAGES = {
     "FloatStorage": "float32", "DoubleStorage": "float64", "HalfStorage": "float16",
@@ -175,8 +174,6 @@ def load(data: bytes, where: Path | str, storage: Storages | None = None, base: 
     try:
         value = machine.run()
         _measure(value, {}, _NODES + len(data))
-    except Corrupt:
-        raise
     except _Refused as cause:
         raise corrupt(where, base + machine.at, str(cause)) from None
     except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, struct.error) as e:
@@ -213,7 +210,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
-        self.room = _NODES + _COPIES * len(data)
+        self.room = _NODES + 4 * len(data)  # for what functions make
 
     def run(self) -> Any:
         """Interpret to the end; the value that is left."""
@@ -285,7 +282,7 @@ _I4, _F8 = struct.Struct("<i"), struct.Struct(">d")
 def _key(value: Any) -> Any:
     """A value that may be a key: one whose hash is cheap, which that of nested tuples is not."""
     flat = value if isinstance(value, tuple) else (value,)
-    if len(flat) > _KEY:
+    if len(flat) > _DEPTH:
         raise _Refused(f"a key of {len(flat)} parts")
     for item in flat:
         if item is not None and not isinstance(item, str | bytes | int | float | Symbol | Opaque):

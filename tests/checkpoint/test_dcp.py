@@ -232,6 +232,12 @@ NOTES: dict[str, Any] = {
 }  # fmt: skip
 
 
+def read_note(path: Path, note: str, shards: distcp.Shards) -> None:
+    contents, _ = distcp.from_note(path, note, shards.tensors, dcp._key)
+    if flaw := next(iter(contents.flaws()), None):
+        raise Corrupt(flaw)
+
+
 @pytest.mark.parametrize(("key", "value"), [(k, v) for k, all_ in NOTES.items() for v in all_])
 def test_notes_that_nobody_wrote_are_refused(key: str, value: Any, tmp_path: Path) -> None:
     for item in dcp.plan(held(groups=()), tmp_path, Wanted()):
@@ -239,8 +245,7 @@ def test_notes_that_nobody_wrote_are_refused(key: str, value: Any, tmp_path: Pat
     shards = distcp.read_shards(ZipFolder(tmp_path))
     note = json.loads(shards.objects["outlast"]) | {key: value}
     with pytest.raises(Corrupt):
-        contents, _ = distcp.from_note(tmp_path, json.dumps(note), shards.tensors, dcp._key)
-        raise Corrupt(next(iter(contents.flaws())))
+        read_note(tmp_path, json.dumps(note), shards)
 
 
 def test_tied_buffers_and_odd_facts_are_written(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import pickle
 import struct
 import subprocess
 import sys
@@ -143,7 +142,7 @@ def test_values_of_other_classes_are_carried_on(protocol: int) -> None:
               "path": PurePosixPath("/x"), "name": Namespace(a=(1, 2)), "dtype": torch.bfloat16,
               "c": 1 + 2j, "counts": np.arange(3)}  # fmt: skip
     notes: list[str] = []
-    kept = carried(load(pickle.dumps(values, protocol), "x"), "state", notes.append)
+    kept = carried(load(pickled(values, protocol), "x"), "state", notes.append)
     again = load(dump(from_json(json.loads(json.dumps(kept)))).data, "x")
     assert (notes, kept.keys()) == ([], values.keys())
     assert to_json(again) == kept
