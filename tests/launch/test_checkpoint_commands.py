@@ -209,7 +209,7 @@ def test_links_of_a_download_cache_are_followed_when_asked(tmp_path: Path) -> No
     safetensors.numpy.save_file({"a": np.zeros(3, np.float32)}, blob)
     (tmp_path / "snapshot" / "model.safetensors").symlink_to(blob)
     told = run("verify", tmp_path / "snapshot")
-    assert (told.exit_code, "leads out of the checkpoint" in told.stderr) == (1, True)
+    assert (told.exit_code, "--follow-links" in told.stderr) == (1, True)
     assert run("verify", "--follow-links", tmp_path / "snapshot").exit_code == 0
 
 
