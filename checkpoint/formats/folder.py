@@ -54,7 +54,7 @@ class Folder:
         except ValueError as cause:
             raise corrupt(ascii(str(path)), 0, f"no name of a file: {cause}") from cause
         if not inside:
-            raise corrupt(path, 0, "leads out of the checkpoint's directory (a link: --follow-links)")
+            raise corrupt(path, 0, "leads out of the checkpoint (links: --follow-links)")
         return path
 
     def size(self, name: str) -> int:
