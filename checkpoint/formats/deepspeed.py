@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from outlast.checkpoint.contents import BUFFER, FROZEN, PARAM, Array, Contents
+from outlast.checkpoint.contents import BUFFER, FROZEN, PARAM, Contents
 from outlast.checkpoint.dtypes import cast
 from outlast.checkpoint.formats.deepspeed_layout import split
 from outlast.checkpoint.formats.deepspeed_model import Model, State, numel
@@ -130,7 +130,7 @@ class _Reader:
             raise self.model.state.wrong(f"patterns that match no parameter: {sorted(unused)}")
         contents = Contents(
             step=self.model.state.get("global_steps", int),
-            arrays=self._ordered(),
+            arrays=self.model.ordered(self.slices.arrays.values()),
             groups=groups,
             dtype=next((r.dtype for n, r in self.model.module.items() if n in trained), "float32"),
             aliases=self.model.aliases,
@@ -143,14 +143,6 @@ class _Reader:
             for label, slices in others.items()
         }
         return source
-
-    def _ordered(self) -> tuple[Array, ...]:
-        """All arrays by role, then in the model's order."""
-        arrays = self.slices.arrays.values()
-        roles = [*dict.fromkeys([PARAM, *(array.role for array in arrays)])]
-        place = {name: index for index, name in enumerate(self.model.module)}
-        last = len(place)
-        return tuple(sorted(arrays, key=lambda a: (roles.index(a.role), place.get(a.name, last))))
 
     def _frozen(self, partitioned: bool) -> None:
         """Parameters that are not trained: cut in ZeRO 3, else in the module."""

@@ -1,10 +1,12 @@
 """DeepSpeed's `*_model_states.pt`: shapes and order of what is trained, what is not, and facts."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from outlast.checkpoint.contents import PARAM, Array
 from outlast.checkpoint.formats.folder import Folder, corrupt
 from outlast.checkpoint.formats.pickles import Opaque, TensorRef
 from outlast.checkpoint.formats.plain import Note, carried, plain
@@ -119,6 +121,13 @@ class Model:
         """Of the module, what is not trained, no buffer and no alias."""
         known = {*self.buffers, *self.aliases, *(name for group in self.trained for name in group)}
         return {name: ref for name, ref in self.module.items() if name not in known}
+
+    def ordered(self, arrays: Collection[Array]) -> tuple[Array, ...]:
+        """Arrays by role, then in the model's order."""
+        roles = [*dict.fromkeys([PARAM, *(array.role for array in arrays)])]
+        place = {name: index for index, name in enumerate(self.module)}
+        last = len(place)
+        return tuple(sorted(arrays, key=lambda a: (roles.index(a.role), place.get(a.name, last))))
 
     def tensor(self, name: str) -> TensorRef:
         """A tensor of the module; Corrupt where it is not there."""

@@ -22,7 +22,6 @@ import numpy as np
 from outlast.checkpoint.dtypes import dtype_of
 from outlast.checkpoint.formats.folder import corrupt
 from outlast.checkpoint.formats.pieces import Piece
-from outlast.cluster.errors import Corrupt
 from outlast.layout.run import Run
 
 BYTES = 1 << 28  # of one pickle

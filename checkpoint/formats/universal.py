@@ -101,16 +101,11 @@ class _Reader:
         facts = model.facts(self.left_out.append) | {"source": source}
         if scaler := loss_scaler(self.optimizer.values.get("loss_scaler")):
             facts["loss_scaler"] = scaler
-        roles = list(dict.fromkeys(array.role for array in self.arrays.values()))
-        place = {name: index for index, name in enumerate(model.module)}
-        arrays = sorted(
-            self.arrays.values(), key=lambda a: (roles.index(a.role), place.get(a.name, len(place)))
-        )
         dtypes = [
             ref.dtype for name, ref in model.module.items() if f"{PARAM}/{name}" in self.arrays
         ]
         contents = Contents(
-            step=steps.pop(), arrays=tuple(arrays), groups=tuple(groups),
+            step=steps.pop(), arrays=model.ordered(self.arrays.values()), groups=tuple(groups),
             dtype=dtypes[0] if dtypes else "float32", aliases=model.aliases, facts=facts,
             left_out=tuple(self.left_out),
         )  # fmt: skip
