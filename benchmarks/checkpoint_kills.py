@@ -36,7 +36,8 @@ def start(args: argparse.Namespace, logs: Path, steps: int, saves: bool) -> subp
     flags = ["--standalone", "--nproc-per-node", str(args.ranks), "--log-dir", str(logs)]
     flags += ["--checkpoint-every", "1", "--checkpoint-keep", "3"] if saves else []
     script = [GPT, *SMALL, "--steps", str(steps), "--seed", "3"]
-    command = outlast("launch", *flags, "--checkpoint-dir", str(logs / "steps"), *script)
+    flags += ["--checkpoint-dir", str(logs.with_suffix(".steps"))]
+    command = outlast("launch", *flags, *script)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -103,7 +104,7 @@ def main() -> int:
     chance, began = random.Random(args.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         logs = Path(scratch, "job")
-        steps, newest, left = Steps(str(logs / "steps")), -1, collections.Counter[str]()
+        steps, newest, left = Steps(str(logs.with_suffix(".steps"))), -1, collections.Counter[str]()
         for _ in range(args.kills):
             known = sum(event.get("event") == "saving" for event in events(logs))
             job = start(args, logs, 10**6, saves=True)
@@ -116,7 +117,7 @@ def main() -> int:
             assert names or newest < 0, "all steps are gone"
             assert not names or int(names[0][5:]) >= newest, "the newest step is gone"
             newest = int(names[0][5:]) if names else -1
-            halves = {path.name for path in (logs / "steps").iterdir()} - {*names}
+            halves = {path.name for path in logs.with_suffix(".steps").iterdir()} - {*names}
             left["half ones left behind, none listed"] += bool(halves)
         total = max(newest, 0) + MORE
         same = finish(args, logs, total, True) == finish(args, Path(scratch, "twin"), total, False)

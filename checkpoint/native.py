@@ -38,7 +38,7 @@ from outlast.cluster.errors import Corrupt, Misuse
 
 MANIFEST, GROUP = "manifest.json", "zarr.json"
 LATEST = None  # the newest name is the latest
-NAME = re.compile(r"step-(\d{12})(\.\d{6,})?")  # the generation, where a store cannot rename
+NAME = re.compile(r"step-(\d{12})(\.\d+-[0-9a-f]{8})?")  # who wrote it, see steps
 _CRC, _XXH = 4, 32  # bytes of the one, hexadecimal digits of the other
 _AXES = 31  # of any numpy, and one is zarr's
 AT_ONCE = 8  # small files: to wait for a store is all that each costs

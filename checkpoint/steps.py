@@ -1,11 +1,12 @@
 """The steps of a run on storage, newest first; a step is listed only when it is whole.
 
     URL/step-000000000120/                   complete
-        step-000000000130.4.part/            a draft, written by the ranks of generation 4
+        step-000000000130.4-1a2b3c4d.part/   a draft, written by the ranks of generation 4
 
 A directory gets its final name when everything in it is durable. An object store cannot rename:
-there a draft is written where it stays, step-000000000130.000004, and is listed when its manifest
-is there. The generation in the name keeps a writer that is late apart from the next try.
+there a draft is written where it stays, step-000000000130.4-1a2b3c4d, and is listed when its
+manifest is there. The tag in the name keeps a writer that is late apart from the next try, and
+what is complete apart from what is being written, also by another job.
 """
 
 import json
@@ -33,7 +34,8 @@ from outlast.checkpoint.pool import at_once
 from outlast.checkpoint.store import Directory, Store, read_whole, store_at
 from outlast.cluster.errors import Corrupt, Misuse
 
-_OURS = re.compile(r"step-\d{12}(\.\d+(\.old)?\.part|\.\d{6,})?")  # nothing else is removed
+# Nothing else is removed.
+_OURS = re.compile(r"step-\d{12}(\.\d+-[0-9a-f]{8}((\.old)?\.part)?)?")
 _NOTES = "__notes"  # zarr forbids such a name, so no array has it
 
 Digests = Mapping[str, Mapping[int, str]]  # key of an array -> shard -> digest
@@ -66,9 +68,10 @@ class Steps:
             raise corrupt(store.place(MANIFEST), 0, f"of step {source.contents.step}")
         return source
 
-    def draft(self, step: int, generation: int) -> "Draft":
-        """A step to be written by the ranks of a generation, each of which calls this."""
-        return Draft(self, step, generation)
+    def draft(self, step: int, tag: str) -> "Draft":
+        """A step to be written by the ranks of a generation, each of which calls this; `tag` is
+        "<number of the generation>-<8 hexadecimal digits>", which no other one of any job has."""
+        return Draft(self, step, tag)
 
     def discard(self) -> None:
         """Remove what was not completed; no draft is being written."""
@@ -95,14 +98,12 @@ class Draft:
     """A step that is being written: shards by `native.write_shard` to `store`, a note by every
     rank, and `publish` by one when all have left theirs."""
 
-    def __init__(self, steps: Steps, step: int, generation: int) -> None:
+    def __init__(self, steps: Steps, step: int, tag: str) -> None:
         self._steps, self.step = steps, step
         self.name = f"step-{step:012}"
-        self._part = f"{self.name}.{generation}.part"
+        self._part = f"{self.name}.{tag}.part"
         if not isinstance(steps.store, Directory):
-            self.name = self._part = f"{self.name}.{generation:06}"
-            # Of an earlier job, which this one has not taken.
-            steps.store.remove(f"{self.name}/{MANIFEST}")
+            self.name = self._part = f"{self.name}.{tag}"
         self.store: Store = steps.store.within(self._part)
 
     def note(self, rank: int, shards: Digests) -> None:

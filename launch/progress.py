@@ -86,7 +86,9 @@ class Progress:
         elif name == "saved":
             say(f"step {step} is on storage after {message.get('seconds')} s")
         elif name == "save_failed":
-            say(f"step {step} is not on storage, training goes on: {message.get('cause')}")
+            say(f"step {step} is not on storage: {message.get('cause')}")
+        elif name == "passed_over":
+            say(f"goes on from step {step}, not from a newer one: {message.get('cause')}")
         elif name == "save_skipped":
             slow = f"that of step {message.get('saving')} takes {message.get('seconds')} s so far"
             say(f"step {step}: no save, {slow} (ranks {message.get('ranks')})")

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from outlast.checkpoint.contents import Contents
 from outlast.checkpoint.every import Every
 from outlast.checkpoint.grid import grid
+from outlast.checkpoint.native import metadata
 from outlast.checkpoint.records import SlotRecord
 from outlast.checkpoint.steps import Steps
 from outlast.checkpoint.writers import parts
@@ -47,6 +49,8 @@ class Durable:
         self._training, identity = training, training.link.identity
         self._url, self._keep = identity.checkpoint_dir, identity.checkpoint_keep
         self._period_s = identity.timing.heartbeat_s
+        if self._url:  # what cannot be stored is known now, and not when it has to be
+            metadata(Contents(0, tuple(training.untrained.arrays)))
         self.every = Every.parse(identity.checkpoint_every if self._url else "")
         if self.every:
             # It takes as long as many steps do: here, before the first, and not beside one.
@@ -87,6 +91,10 @@ class Durable:
 
             found, errors = together(communicator, read, self._period_s)
             if not errors and found is not None:
+                for reason in reasons if communicator.rank == 0 else ():
+                    training.link.send(
+                        kind="event", event="passed_over", step=found.record.step, cause=reason
+                    )
                 self.saving.saved, self.changed = found.record.step, self.changed or found.changed
                 training.link.send(
                     kind="event", event="loaded", rank=communicator.rank, step=found.record.step,

@@ -16,6 +16,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
+from hashlib import sha256
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,6 @@ class Say:
 
     Args:
         due: this step has to be saved; owed: so does the next one that can be.
-            late: nothing has moved for a long time.
     """
 
     phase: Phase
@@ -103,7 +103,9 @@ class Save:
         self._training, self._steps, self.step = training, steps, step
         generation = training.membership.generation
         self._rank = generation.communicator.rank
-        self._generation = generation.view.generation
+        # Unique over all starts of a job: generations begin anew, agents have other names.
+        agents = "".join(generation.view.agents).encode()
+        self._tag = f"{generation.view.generation}-{sha256(agents).hexdigest()[:8]}"
         self._staging: Staging | None = None
         self._untrained = training.untrained.copy() if self._rank == 0 else []
         self._contents: Contents | None = None
@@ -129,7 +131,7 @@ class Save:
 
     def write(self, wanted: Wanted) -> None:
         """All shards of this rank, and the note."""
-        draft = self._draft = self._steps().draft(self.step, self._generation)
+        draft = self._draft = self._steps().draft(self.step, self._tag)
         digests: dict[str, dict[int, str]] = {}
 
         def write(array: Array, index: int, values: Values) -> None:
@@ -218,7 +220,7 @@ class Saving:
         called beside the next step, if a save begins."""
         says = [Say(**vote) for vote in votes]
         verdict, save = agreed(says), self._save
-        if any(say.due for say in says):
+        if due := any(say.due for say in says):
             self._due_at = time.monotonic() + self._every.seconds
         if verdict == Next.START:
             return self._start(step)
@@ -236,6 +238,8 @@ class Saving:
         elif verdict == Next.GIVE_UP:
             rank, why = next((n, s.why) for n, s in enumerate(says) if s.phase == Phase.FAILED)
             self._give_up(f"rank {rank}: {why}")
+        if verdict != Next.SKIP:
+            self._owed |= due  # a save ends in this very vote: the next step is taken instead
         return None
 
     def _start(self, step: int) -> Stage:
@@ -289,9 +293,10 @@ class Saving:
             moved = max(began, self._save.moved if self._save else began)
             late = time.monotonic() > moved + limit_s
             votes = communicator.gather_json(self.say(step, due=False) | {"late": late})
-            if any([vote.pop("late") for vote in votes]):
+            if all([vote.pop("late") for vote in votes]):
                 failed = f"nothing got on for {limit_s:.0f} s"
-                self._give_up(failed)
+                self._tell("save_failed", step=step, cause=failed)
+                self._drop()
                 return failed
             if all(vote["phase"] == Phase.IDLE and not vote["owed"] for vote in votes):
                 return failed

@@ -5,6 +5,7 @@ must be the same where a run goes on. Of a checkpoint that another program wrote
 has to fit.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -69,6 +70,12 @@ def fitting(training: "Training", contents: Contents, where: object) -> dict[str
             f"{where} is of another run ({', '.join(differ)}): take its model and its arguments of "
             "outlast.init, or another --checkpoint-dir"
         )
+    if contents.run.get("numerics", numerics()) != numerics():
+        warnings.warn(
+            f"{where} was computed with {contents.run['numerics']}, this rank computes with "
+            f"{numerics()}: the bits will be others than those of a run without a break",
+            stacklevel=2,
+        )
     wanted = [*stored_arrays(state.memory.shape, state.space), *training.untrained.arrays]
     found = {array.key: array for array in contents.arrays}
     found |= {f"{a.role}/{name}": a for a in contents.arrays
@@ -81,7 +88,9 @@ def fitting(training: "Training", contents: Contents, where: object) -> dict[str
     used = {array for _, array in pairs.values()}
     extra = [array.key for array in contents.arrays if array not in used]
     scalars = {tuple(sorted(group.scalars.items())) for group in contents.groups}
-    lacking = sorted({*training.optimizer.state.scalars} - {name for g in scalars for name, _ in g})
+    told_of = {name for group in scalars for name, _ in group}
+    # Before the first step there is nothing to count.
+    lacking = sorted({*training.optimizer.state.scalars} - told_of) if contents.step else []
     apart = [str(dict(each)) for each in scalars] if len(scalars) > 1 else []
     flaws = [
         ("it lacks", missing), ("it also has", extra), ("it has", other),

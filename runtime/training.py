@@ -165,9 +165,9 @@ class Training:
         self.lineage: Lineage = ()
         self.announced = 0  # generation of the newest averaging that was told of
         self.norm = 0.0
-        self.todo: list[int] = []
-        self.nodes: list[tuple[Node, ...]] = []
-        self.untrained, self.durable = Untrained(model.module), Durable(self)
+        self.todo, self.nodes = list[int](), list[tuple[Node, ...]]()
+        self.untrained = Untrained(model.module)
+        self.durable = Durable(self)
         self.now: Membership | None = None
         self.restored = 0  # step that this generation started from
 

@@ -37,6 +37,7 @@ ARRAYS = (
     Array("param", "bias", (7,), "float32"),
     Array("exp_avg", "wte/x.weight", (1500, 3000), "bfloat16"),
 )
+TAG = "1-0123abcd"
 LITTLE = (Array("param", "w", (40, 50), "float32"), Array("exp_avg", "w", (40, 50), "float32"))
 
 
@@ -62,12 +63,12 @@ def write(draft: Draft, rank: int, ranks: int, arrays: tuple[Array, ...] = LITTL
 
 
 def save(
-    steps: Steps, step: int, ranks: int = 2, generation: int = 1,
+    steps: Steps, step: int, ranks: int = 2, tag: str = TAG,
     arrays: tuple[Array, ...] = LITTLE,
 ) -> str:  # fmt: skip
     for rank in range(ranks):
-        write(steps.draft(step, generation), rank, ranks, arrays)
-    return steps.draft(step, generation).publish(contents(step, arrays))
+        write(steps.draft(step, tag), rank, ranks, arrays)
+    return steps.draft(step, tag).publish(contents(step, arrays))
 
 
 def check(steps: Steps, name: str, arrays: tuple[Array, ...] = LITTLE) -> int:
@@ -183,7 +184,7 @@ def test_any_ranks_write_and_anybody_reads(url: str) -> None:
 
 def test_a_step_is_there_when_all_of_it_is(url: str) -> None:
     steps, reader = Steps(url), Steps(url)
-    draft = steps.draft(5, 1)
+    draft = steps.draft(5, TAG)
     write(draft, 0, 2)
     assert reader.names() == []
     write(draft, 1, 2)
@@ -194,14 +195,14 @@ def test_a_step_is_there_when_all_of_it_is(url: str) -> None:
 
 def test_what_one_rank_did_not_write_is_not_published(url: str) -> None:
     steps = Steps(url)
-    draft = steps.draft(5, 1)
+    draft = steps.draft(5, TAG)
     write(draft, 0, 2)
     with pytest.raises(Misuse, match=r"step-0+5.*: nobody wrote shard 0 of exp_avg/w"):
         draft.publish(contents(5))
     write(draft, 1, 1)
     with pytest.raises(Misuse, match="two ranks wrote shard 0 of param/w"):
         draft.publish(contents(5))
-    other = steps.draft(6, 1)
+    other = steps.draft(6, TAG)
     write(other, 0, 1, ARRAYS)
     with pytest.raises(Misuse, match="somebody wrote shard 0 of exp_avg/wte"):
         other.publish(contents(6, ARRAYS[:2]))
@@ -213,10 +214,10 @@ def test_what_one_rank_did_not_write_is_not_published(url: str) -> None:
 def test_the_newest_steps_are_kept(url: str) -> None:
     steps = Steps(url, keep=2)
     steps.store.write("step-5000/model.pt", b"a user's")
-    write(steps.draft(1, 1), 0, 2)  # and no more: a rank died
-    names = [save(steps, step, generation=step) for step in (8, 9, 10)]
+    write(steps.draft(1, TAG), 0, 2)  # and no more: a rank died
+    names = [save(steps, step, tag=f"{step}-0123abcd") for step in (8, 9, 10)]
     assert steps.names() == names[:0:-1]
-    back = save(steps, 7, generation=11)  # a run that went back behind damaged steps
+    back = save(steps, 7, tag="11-0123abcd")  # a run that went back behind damaged steps
     assert steps.names() == [names[2], names[1], back]
     assert sorted(steps.store.children()) == sorted([back, *names[1:], "step-5000"])
     assert [check(steps, name) for name in steps.names()] == [10, 9, 7]
@@ -230,7 +231,7 @@ def test_the_same_step_is_written_again(url: str) -> None:
         check(steps, path)
     assert save(steps, 7) == path
     assert (steps.names(), check(steps, path)) == ([path], 7)
-    again = save(steps, 7, generation=3)
+    again = save(steps, 7, tag="3-0123abcd")
     assert steps.names()[0] == again
     assert check(steps, again) == 7
 
@@ -260,7 +261,7 @@ def test_a_step_vanishes_before_its_files_do(url: str, monkeypatch: pytest.Monke
 def test_who_is_late_publishes_nothing_that_is_being_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    steps, draft = Steps(str(tmp_path)), Steps(str(tmp_path)).draft(3, 1)
+    steps, draft = Steps(str(tmp_path)), Steps(str(tmp_path)).draft(3, TAG)
     write(draft, 0, 1)
     real = getattr(Draft, moment)
 
@@ -297,7 +298,7 @@ def test_a_link_to_an_archive_is_not_emptied(tmp_path: Path) -> None:
 
 def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(Misuse, match=r"file/step-0+3\.1\.part.* cannot be written"):
+    with pytest.raises(Misuse, match=r"file/step-0+3\.1-0123abcd\.part.* cannot be written"):
         save(Steps(str(tmp_path / "file")), 3)
 
 
@@ -318,7 +319,7 @@ def test_a_server_that_dies_leaves_the_step_before(bucket: str, gate: Gate, size
     first = save(steps, 1)
     gate.shut_after(size)
     began = time.monotonic()
-    with pytest.raises(Misuse, match=f"{bucket}/step-0+2.000001.*cannot be"):
+    with pytest.raises(Misuse, match=f"{bucket}/step-0+2.1-0123abcd.*cannot be"):
         save(steps, 2, arrays=ARRAYS)
     with pytest.raises(Misuse, match="cannot be listed"):
         steps.names()
@@ -328,7 +329,7 @@ def test_a_server_that_dies_leaves_the_step_before(bucket: str, gate: Gate, size
     gate.lift()
     assert Steps(bucket).names() == [first]
     assert check(Steps(bucket), first) == 1
-    second = save(steps, 2, generation=2, arrays=ARRAYS)
+    second = save(steps, 2, tag="2-0123abcd", arrays=ARRAYS)
     steps.discard()
     assert sorted(steps.store.children()) == [first, second]
     assert check(steps, second, ARRAYS) == 2
@@ -354,7 +355,7 @@ def test_whoever_is_killed_while_saving_leaves_whole_steps(tmp_path: Path, kills
         child = os.fork()
         if not child:
             try:
-                endless(tmp_path, kill)
+                endless(tmp_path, f"{kill}-0123abcd")
             finally:
                 os._exit(1)
         time.sleep(generator.uniform(0, 0.2))
@@ -369,10 +370,10 @@ def test_whoever_is_killed_while_saving_leaves_whole_steps(tmp_path: Path, kills
     assert newest, "it did save"
 
 
-def endless(directory: Path, generation: int) -> None:
+def endless(directory: Path, tag: str) -> None:
     steps = Steps(str(directory))
     steps.discard()
     step = check(steps, steps.names()[0]) if steps.names() else 0
     while True:
         step += 1
-        save(steps, step, generation=generation)
+        save(steps, step, tag=tag)

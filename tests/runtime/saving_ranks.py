@@ -69,7 +69,8 @@ class Rank:
         self.membership = SimpleNamespace(
             holders=holders, layout=layout,
             generation=SimpleNamespace(
-                communicator=SimpleNamespace(rank=rank), view=SimpleNamespace(generation=generation)
+                communicator=SimpleNamespace(rank=rank),
+                view=SimpleNamespace(generation=generation, agents=("a", "b")),
             ),
         )  # fmt: skip
         self.state.adopt(self.state.half, self.committed, layout.runs(holders[rank]))

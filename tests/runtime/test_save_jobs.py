@@ -119,7 +119,7 @@ def test_a_full_store_is_told_and_one_that_hangs_does_not_keep_the_job(
     mood.write_text("hangs")
     check_ends(job)
     assert "No space left" in job.events("save_failed")[0]["cause"]
-    assert "is not on storage, training goes on" in job.output
+    assert "is not on storage:" in job.output
     assert job.events("save_failed")[-1]["cause"] == "nothing got on for 5 s"
     assert check_listed(where)[0] == job.events("saved")[-1]["step"] < STEPS
 

@@ -42,8 +42,8 @@ class Unsure:
         steps = Steps(str(self.directory))
         draft = steps.draft
 
-        def moody(step: int, generation: int) -> Any:
-            made = draft(step, generation)
+        def moody(step: int, tag: str) -> Any:
+            made = draft(step, tag)
             for method in ("write", "writing"):
                 setattr(made.store, method, self._moody(getattr(made.store, method)))
             return made
