@@ -17,7 +17,7 @@ from outlast.checkpoint import native
 from outlast.checkpoint.contents import Array, Contents, Group
 from outlast.checkpoint.items import Wanted
 from outlast.checkpoint.steps import Steps
-from outlast.cluster.errors import StateLost
+from outlast.cluster.errors import Misuse, StateLost
 from outlast.runtime.determinism import seed_all
 from outlast.runtime.link import SoloLink
 from outlast.runtime.run import Run
@@ -255,3 +255,38 @@ def test_a_step_that_one_rank_does_not_see_is_not_passed_over(tmp_path: Path) ->
     meeting: Any = Meeting()
     names = run.training.durable.names(meeting)
     assert names == ("step-000000000009", "step-000000000003", "step-000000000001")
+
+
+def test_a_run_that_was_stopped_before_its_first_step_begins(tmp_path: Path) -> None:
+    stopped, _, _ = train(tmp_path, 0)
+    durable, group = stopped.training.durable, stopped.training.membership.generation.communicator
+    assert durable.saving.finish(group) == ""
+    assert Steps(str(tmp_path)).names() == ["step-000000000000"]
+    run, _, link = train(tmp_path, 4)
+    assert [told["step"] for told in link.told if told.get("event") == "loaded"] == [0]
+    alone, _, _ = train(tmp_path / "alone", 4)
+    assert run.digest() == alone.digest()
+
+
+def test_who_goes_on_from_an_older_step_says_why(tmp_path: Path) -> None:
+    train(tmp_path, 4)
+    newest, *_ = Steps(str(tmp_path)).names()
+    for shard in (tmp_path / newest / "param" / "scale").glob("c*"):
+        shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    _, _, link = train(tmp_path, 6)
+    told = [(told["step"], told["cause"]) for told in link.told
+            if told.get("event") == "passed_over"]  # fmt: skip
+    assert [step for step, _ in told] == [2]
+    assert "param/scale" in told[0][1]
+    assert newest in told[0][1]
+
+
+def test_a_buffer_that_cannot_be_stored_is_known_before_the_first_step(tmp_path: Path) -> None:
+    class Odd(Model):
+        def __init__(self) -> None:
+            super().__init__(1.0)
+            self.register_buffer("odd", torch.zeros(2, dtype=torch.complex32))
+
+    run = Run(Told(tmp_path, "2"), Settings(leaves=2, grain=64))
+    with pytest.raises(Misuse, match="complex32"):
+        run.prepare(Odd(), optimizer=partial(torch.optim.AdamW, lr=0.01))
