@@ -115,8 +115,8 @@ def main() -> int:
             assert not loaded or newest <= int(str(loaded[-1]["step"])), "an older step was taken"
             names = whole(steps)
             assert names or newest < 0, "all steps are gone"
-            assert not names or int(names[0][5:]) >= newest, "the newest step is gone"
-            newest = int(names[0][5:]) if names else -1
+            assert not names or int(names[0][5:17]) >= newest, "the newest step is gone"
+            newest = int(names[0][5:17]) if names else -1
             halves = {path.name for path in logs.with_suffix(".steps").iterdir()} - {*names}
             left["half ones left behind, none listed"] += bool(halves)
         total = max(newest, 0) + MORE

@@ -362,7 +362,8 @@ def find(path: Path) -> Path | None:
     """A step itself, or the newest one in a directory of steps."""
     if (path / MANIFEST).is_file() and (path / GROUP).is_file():
         return path
-    return next((path / name for name in complete(Directory(path))), None)
+    names = complete(Directory(path)) if path.is_dir() else []
+    return path / names[0] if names else None
 
 
 def complete(store: Store) -> list[str]:

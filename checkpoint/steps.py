@@ -3,19 +3,21 @@
     URL/step-000000000120/                   complete
         step-000000000130.4-1a2b3c4d.part/   a draft, written by the ranks of generation 4
 
-A directory gets its final name when everything in it is durable. An object store cannot rename:
-there a draft is written where it stays, step-000000000130.4-1a2b3c4d, and is listed when its
-manifest is there. The tag in the name keeps a writer that is late apart from the next try, and
-what is complete apart from what is being written, also by another job.
+A directory gets its final name when everything in it is durable; if the step is there already, a
+name with the tag, step-000000000130.4-1a2b3c4d, and the one before goes then. An object store
+cannot rename: there a draft is written where it stays, under that name, and is listed when its
+manifest is there. The tag keeps a writer that is late apart from the next try, and what is complete
+from what is being written, also by another start of the job.
 """
 
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 from outlast.checkpoint.contents import Contents
 from outlast.checkpoint.formats.folder import corrupt
@@ -23,6 +25,7 @@ from outlast.checkpoint.grid import grid
 from outlast.checkpoint.manifest import Manifest
 from outlast.checkpoint.native import (
     AT_ONCE,
+    GROUP,
     MANIFEST,
     NAME,
     NativeSource,
@@ -73,15 +76,48 @@ class Steps:
         "<number of the generation>-<8 hexadecimal digits>", which no other one of any job has."""
         return Draft(self, step, tag)
 
+    def probe(self) -> None:
+        """Write a small file and remove it; Misuse, with what to do, where that cannot be done."""
+        name = f"step-{0:012}.0-{uuid4().hex[:8]}.part"  # `discard` takes it if a crash leaves it
+        try:
+            self.store.write(name, b"probe")
+            self.store.remove(name)
+        except Misuse as error:
+            what = "name a directory, or the URL of a prefix, where files can be made and removed"
+            raise Misuse(f"{self.url} takes no checkpoints: {error}: {what}") from error
+
     def discard(self) -> None:
         """Remove what was not completed; no draft is being written."""
-        self.clear({*self.names()})
+        self._clear(lambda names: names)
 
-    def clear(self, kept: set[str]) -> None:
-        """Remove all steps and drafts but those; a manifest goes first, so none is half listed."""
-        for name in self.store.children():
+    def retire(self, newest: str) -> None:
+        """Remove what is too old now that `newest` is there, other tries of it, and all drafts. A
+        step beyond it is bad, or of another course of the run: it stays, and does not count."""
+        step = _step(newest)
+
+        def keeps(names: list[str]) -> list[str]:
+            older = [name for name in names if _step(name) < step]
+            return [newest, *older[: self.keep - 1], *(n for n in names if _step(n) > step)]
+
+        self._clear(keeps)
+
+    def _clear(self, keeps: Callable[[list[str]], list[str]]) -> None:
+        """Remove all drafts, and the steps that are not kept; a manifest goes first, so none is
+        half listed. What cannot be removed hinders no other.
+
+        Raises:
+            Misuse: something could not be removed.
+        """
+        found, errors = self.store.children(), []
+        kept = keeps(self.names())  # after `found`: what is completed meanwhile is among them
+        for name in found:
             if _OURS.fullmatch(name) and name not in kept:
-                self.store.remove(self._aside(name), first=MANIFEST)
+                try:
+                    self.store.remove(self._aside(name), first=MANIFEST)
+                except Misuse as error:
+                    errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _aside(self, name: str) -> str:
         """The name of a draft that goes: first it gets another one, so that somebody who is late
@@ -101,6 +137,7 @@ class Draft:
     def __init__(self, steps: Steps, step: int, tag: str) -> None:
         self._steps, self.step = steps, step
         self.name = f"step-{step:012}"
+        assert NAME.fullmatch(f"{self.name}.{tag}"), tag
         self._part = f"{self.name}.{tag}.part"
         if not isinstance(steps.store, Directory):
             self.name = self._part = f"{self.name}.{tag}"
@@ -121,10 +158,16 @@ class Draft:
         write_metadata(self.store, contents)
         self.store.remove(_NOTES)
         self.store.write(MANIFEST, Manifest(contents, shards).to_bytes())
+        files = [shard.name for array in contents.arrays for shard in shards_of(array)]
+        try:  # Nothing is written behind this, but somebody else may have removed some of it.
+            at_once((partial(self._find, name) for name in [GROUP, *files]), AT_ONCE)
+        except Misuse:
+            self.store.remove(MANIFEST)
+            raise
         if isinstance(self._steps.store, Directory):
-            files = [shard.name for array in contents.arrays for shard in shards_of(array)]
-            self._rename(self._steps.store.path, files)
-        self._steps.clear({self.name, *self._steps.names()[: self._steps.keep]})
+            self._rename(self._steps.store.path)
+        with suppress(Misuse):  # it is there, whatever became of others: the next one tries again
+            self._steps.retire(self.name)
         return self.name
 
     def _noted(self, contents: Contents) -> dict[str, tuple[str, ...]]:
@@ -150,20 +193,25 @@ class Draft:
         except (Corrupt, ValueError, TypeError, AttributeError) as error:
             raise Misuse(f"{self.store.place(name)} is no note: {error}") from error
 
-    def _rename(self, root: Path, files: list[str]) -> None:
-        part, path = root / self._part, root / self.name
+    def _find(self, name: str) -> None:
+        if not self.store.holds(name):
+            raise Misuse(f"{self.store.place(name)} was removed meanwhile")
+
+    def _rename(self, root: Path) -> None:
+        part = root / self._part
         try:
-            # Nothing is written behind this: what is whole here is whole under its name, or it has
-            # got another one meanwhile (`_aside`) and cannot be renamed.
-            if gone := [name for name in files if not (part / name).is_file()]:
-                raise FileNotFoundError(f"{gone[0]} was removed meanwhile")
+            # It was whole: it is so under its name, or has got another one meanwhile (`_aside`).
             at_once((partial(_sync, folder) for folder, _, _ in os.walk(part)), AT_ONCE)
-            if path.exists():  # the same step, which may have been damaged since
-                path.rename(part.with_suffix(".old.part"))
-            part.rename(path)
+            if os.path.lexists(root / self.name):  # the same step, perhaps damaged: it goes later
+                self.name = part.stem
+            part.rename(root / self.name)
             _sync(root)
         except OSError as error:
-            raise Misuse(f"{path} cannot be published: {error}") from error
+            raise Misuse(f"{root / self.name} cannot be published: {error}") from error
+
+
+def _step(name: str) -> str:
+    return name[: len("step-000000000000")]
 
 
 def _sync(directory: Path | str) -> None:

@@ -5,6 +5,7 @@ synchronised at once in a directory, because another node may be the one that pu
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store as ZarrStore
 
 Data = bytes | NDArray[np.uint8]
+_ONE_SLASH = re.compile(r"(?:^|/)([a-z][a-z0-9+.-]+):/")  # also behind a directory: made absolute
 
 
 class Store(Protocol):
@@ -65,8 +67,9 @@ class Store(Protocol):
         ...
 
     def remove(self, name: str, first: str = "") -> None:
-        """A file, or all that is below a name, the file `first` of it before the others; nothing
-        where there is nothing; Misuse where that cannot be done."""
+        """A file, or all that is below a name, the file `first` of it before the others, and again
+        if somebody has written it meanwhile; nothing where there is nothing; Misuse where that
+        cannot be done."""
         ...
 
     def within(self, name: str) -> "Store":
@@ -87,7 +90,7 @@ class Directory(Folder):
         """See `Store`."""
         try:
             return sorted(os.listdir(self.path / name))
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return []
         except OSError as error:
             raise Misuse(f"{self.path / name} cannot be listed: {error}") from error
@@ -223,7 +226,7 @@ class Bucket:
         """See `Store`."""
         with _Told(self.place(name), "removed"):
             whole = f"{self._root}/{name}"
-            for path in [f"{whole}/{first}", whole] if first else [whole]:
+            for path in [f"{whole}/{first}", whole, f"{whole}/{first}"] if first else [whole]:
                 if self._fresh().exists(path):
                     self._fresh().rm(path, recursive=True)
 
@@ -241,9 +244,13 @@ class Bucket:
 
 
 def store_at(url: str) -> Directory | Bucket:
-    """A path is what has no scheme."""
+    """A path is what has no scheme; Misuse where it looks like a URL with one slash."""
     path = url.removeprefix("file://")
-    return Bucket(url) if "://" in path else Directory(Path(path))
+    if "://" in path:
+        return Bucket(url)
+    if scheme := _ONE_SLASH.search(path):
+        raise Misuse(f"{url} is neither a path nor a URL: write {scheme[1]}://...")
+    return Directory(Path(path))
 
 
 def read_whole(store: Store, name: str, size_max: int = 1 << 28) -> bytes:

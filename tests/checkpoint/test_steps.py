@@ -30,6 +30,7 @@ from outlast.checkpoint.contents import Array, Contents
 from outlast.checkpoint.dtypes import Values
 from outlast.checkpoint.source import digest
 from outlast.checkpoint.steps import Draft, Steps
+from outlast.checkpoint.store import Bucket
 from outlast.cluster.errors import Corrupt, Misuse
 
 ARRAYS = (
@@ -229,32 +230,68 @@ def test_the_same_step_is_written_again(url: str) -> None:
     steps.store.write(f"{path}/param/w/c.0.0", b"damaged")
     with pytest.raises(Corrupt, match=r"param/w/c\.0\.0 at byte 7"):
         check(steps, path)
-    assert save(steps, 7) == path
-    assert (steps.names(), check(steps, path)) == ([path], 7)
-    again = save(steps, 7, tag="3-0123abcd")
-    assert steps.names()[0] == again
-    assert check(steps, again) == 7
+    for tag in ("2-0123abcd", "3-0123abcd"):
+        again = save(steps, 7, tag=tag)
+        assert (steps.names(), check(steps, again)) == ([again], 7)
+
+
+def test_what_is_complete_stays_until_it_is_written_again(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(url, keep=1)
+    first, rename = save(steps, 7), Path.rename
+    write(steps.draft(7, TAG), 0, 2)
+    assert steps.names() == [first], "nor does a tag that is not unique cost it"
+    steps.discard()
+
+    def renamed(path: Path, target: Path) -> Path:
+        assert steps.names() == [first]
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    again = save(steps, 7, tag="2-0123abcd")
+    assert steps.names() == [again] != [first]
+
+
+def test_a_step_beyond_the_newest_is_not_one_of_those_that_are_kept(url: str) -> None:
+    """It is damaged, and the run goes on from the one before."""
+    steps = Steps(url, keep=2)
+    names = [save(steps, step) for step in (2, 30, 12)]
+    steps.store.write(f"{names[1]}/param/w/c.0.0", b"damaged")
+    assert steps.names() == [names[1], names[2], names[0]]
+    names += [save(steps, 18)]
+    assert steps.names() == [names[1], names[3], names[2]]
+    names += [save(steps, 30, tag="2-0123abcd")]
+    assert steps.names() == [names[4], names[3]]
+    assert [check(steps, name) for name in steps.names()] == [30, 18]
 
 
 def test_a_step_vanishes_before_its_files_do(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever removes it is stopped at the worst moment: nothing half is listed."""
+    """Whoever removes it is stopped at the worst moment: nothing half is listed, and what is new
+    and whole is, and what else is too old goes."""
     steps = Steps(url, keep=1)
-    first = save(steps, 1)
+    first, other = save(steps, 1), steps.draft(1, "2-0123abcd")
+    write(other, 0, 1)
     owner, name = (s3fs.S3FileSystem, "_bulk_delete") if "://" in url else (shutil, "rmtree")
     whole = getattr(owner, name)
 
     def stopped(*args: Any, **more: Any) -> object:
         paths = args[-1] if isinstance(args[-1], list) else [str(args[0])] * 2
-        if len(paths) > 1 and "__notes" not in paths[0]:
+        if len(paths) > 1 and f"{first}/" in f"{paths[0]}/":
             raise OSError("stopped")
         return whole(*args, **more)
 
-    refused = pytest.raises(Misuse, match=r"step-0+1\S* cannot be removed: .*stopped")
-    with monkeypatch.context() as patch, refused:
+    with monkeypatch.context() as patch:
         patch.setattr(owner, name, stopped)
-        save(steps, 2)
-    assert steps.store.children(first), "files of it are there"
-    assert [check(Steps(url), name) for name in Steps(url).names()] == [2]
+        second = save(steps, 2)
+        assert steps.store.children(first), "files of it are there"
+        assert not other.store.children()
+        assert [check(Steps(url), name) for name in Steps(url).names()] == [2]
+        with pytest.raises(Misuse, match=r"step-0+1\S* cannot be removed: .*stopped"):
+            steps.discard()
+    third = save(steps, 3)
+    assert second != third
+    assert steps.store.children() == [third]
 
 
 @pytest.mark.parametrize("moment", ["_noted", "_rename"])
@@ -279,6 +316,39 @@ def test_who_is_late_publishes_nothing_that_is_being_removed(
     assert steps.names() == []
 
 
+def test_a_late_manifest_is_not_listed_in_a_bucket(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes when all else has been discarded, or while it is."""
+    steps, draft, real = Steps(bucket), Steps(bucket).draft(3, TAG), Bucket.write
+    write(draft, 0, 1)
+
+    def late(self: Bucket, name: str, data: bytes) -> None:
+        if name == native.MANIFEST:
+            steps.discard()
+        real(self, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "write", late)
+        with pytest.raises(Misuse, match="was removed meanwhile"):
+            draft.publish(contents(3))
+    assert steps.store.children() == []
+
+    assert isinstance(steps.store, Bucket)
+    again, system = steps.draft(4, TAG), steps.store._system
+    write(again, 0, 1)
+    remove = system.rm
+
+    def removed(path: str, **more: Any) -> None:
+        remove(path, **more)
+        if not path.endswith(native.MANIFEST):
+            again.store.write(native.MANIFEST, b"late")
+
+    monkeypatch.setattr(system, "rm", removed)
+    steps.discard()
+    assert steps.names() == []
+
+
 def test_a_renamed_step_is_refused(tmp_path: Path) -> None:
     steps = Steps(str(tmp_path))
     (tmp_path / save(steps, 3)).rename(tmp_path / "step-000000000004")
@@ -300,6 +370,28 @@ def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(Misuse, match=r"file/step-0+3\.1-0123abcd\.part.* cannot be written"):
         save(Steps(str(tmp_path / "file")), 3)
+
+
+def test_a_place_is_tried_before_it_is_needed(url: str) -> None:
+    steps = Steps(url)
+    steps.probe()
+    assert steps.store.children() == []
+
+
+def test_a_file_is_no_place_for_steps(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    steps = Steps(str(tmp_path / "file"))
+    with pytest.raises(Misuse, match=r"file cannot be listed: .*Not a directory"):
+        steps.names()
+    with pytest.raises(Misuse, match=r"file takes no checkpoints: .*: name a directory, or the"):
+        steps.probe()
+    assert native.find(tmp_path / "file") is None
+
+
+@pytest.mark.parametrize("url", ["s3:/bucket/x", "/data/s3:/bucket/x", "file:/x"])
+def test_a_url_with_one_slash_is_no_path(url: str) -> None:
+    with pytest.raises(Misuse, match=r"neither a path nor a URL: write (s3|file)://"):
+        Steps(url)
 
 
 def test_a_scheme_that_nobody_knows_is_refused() -> None:
