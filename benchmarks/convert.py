@@ -132,17 +132,19 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 3])
     for name, default in {"ranks": 2, "layers": 5, "width": 512, "rounds": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json", type=Path, help="all single values")
     parser.add_argument("--rank", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank:
         train(int(args.rank[1]), int(args.rank[0]), args, args.rank[2])
         return
+    values: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     print("| ZeRO | tool | wall s | processor s | MB/s | peak MB | peak / state |")
     print("|---|---|---|---|---|---|---|")
     for stage in args.stages:
         with tempfile.TemporaryDirectory() as scratch:
             source, size = made(stage, args, Path(scratch, "saved"))
-            found: dict[str, list[tuple[float, float, float]]] = {}
+            found = values.setdefault(str(stage), {})
             for round_ in range(args.rounds):
                 tools = list(commands(source, Path(scratch, "out")))
                 for tool in tools[round_ % len(tools) :] + tools[: round_ % len(tools)]:
@@ -154,6 +156,8 @@ def main() -> None:
                 wall, used, peak = map(statistics.median, zip(*found[tool], strict=True))
                 print(f"| {stage} | {tool} | {wall:.1f} | {used:.1f} | {size / wall:.0f} | "
                       f"{peak:.0f} | {peak / size:.2f} |", flush=True)  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(values))
 
 
 if __name__ == "__main__":

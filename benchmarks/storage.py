@@ -186,6 +186,7 @@ def main() -> None:
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--tool", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="all single values")
     for name in ("out", "checkpoints"):
         parser.add_argument(f"--{name}", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -214,6 +215,8 @@ def main() -> None:
         shown = [f"{s:.3f} ({size / s:.0f})" if rate else f"{s:.3f}"
                  for s in (mine, other)]  # fmt: skip
         print(f"| {name} | {shown[0]} | {shown[1]} | {mine / other:.2f} |")
+    if args.json:
+        args.json.write_text(json.dumps({" ".join(key): values for key, values in rows.items()}))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ LATEST = None  # the newest name is the latest
 NAME = re.compile(r"step-(\d{12})(\.\d+-[0-9a-f]{8})?")  # who wrote it, see steps
 _CRC, _XXH = 4, 32  # bytes of the one, hexadecimal digits of the other
 _AXES = 31  # of any numpy, and one is zarr's
-AT_ONCE = 8  # small files: to wait for a store is all that each costs
 
 
 def name_of(contents: Contents) -> str:
@@ -221,6 +220,7 @@ def _cut(shape: tuple[int, ...]) -> tuple[Grid, list[tuple[int, int]]]:
 
 def write_shard(store: Store, array: Array, index: int, values: Values) -> str:
     """Write the elements of shard `index`, whole, and read them back; their digest for the note.
+    They are durable when the store has settled.
 
     Raises:
         Misuse: the store does not take it, or gives back something else.
@@ -303,7 +303,7 @@ def _array(array: Array) -> dict[str, Any]:
 
 def write_metadata(store: Store, contents: Contents) -> None:
     """Every zarr.json; Misuse where the store does not take them."""
-    at_once((partial(store.write, *each) for each in metadata(contents).items()), AT_ONCE)
+    at_once(partial(store.write, *each) for each in metadata(contents).items())
 
 
 # ---- a whole step
@@ -398,6 +398,7 @@ def plan(source: Source, directory: Path, wanted: Wanted) -> list[Item]:
             )
             for array in arrays
         }
+        store.settle()
         store.write(MANIFEST, Manifest(source.contents, shards).to_bytes())
 
     items = [

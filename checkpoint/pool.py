@@ -52,7 +52,7 @@ def spread(
         pool.shutdown(cancel_futures=True)
 
 
-def at_once(tasks: Iterable[Callable[[], None]], threads: int) -> None:
+def at_once(tasks: Iterable[Callable[[], None]], threads: int = 8) -> None:
     """Every task, several at once, on threads that an interpreter which ends does not wait for: a
     store may hang for ever. To wait for it is most of what small files cost.
 

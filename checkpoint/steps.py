@@ -24,7 +24,6 @@ from outlast.checkpoint.formats.folder import corrupt
 from outlast.checkpoint.grid import grid
 from outlast.checkpoint.manifest import Manifest
 from outlast.checkpoint.native import (
-    AT_ONCE,
     GROUP,
     MANIFEST,
     NAME,
@@ -144,7 +143,9 @@ class Draft:
         self.store: Store = steps.store.within(self._part)
 
     def note(self, rank: int, shards: Digests) -> None:
-        """Leave the digests of all shards that a rank wrote; Misuse where that fails."""
+        """Leave the digests of all shards that a rank wrote, which are durable then; Misuse where
+        that fails."""
+        self.store.settle()
         self.store.write(f"{_NOTES}/{rank:05}.json", json.dumps(shards).encode())
 
     def publish(self, contents: Contents) -> str:
@@ -160,7 +161,7 @@ class Draft:
         self.store.write(MANIFEST, Manifest(contents, shards).to_bytes())
         files = [shard.name for array in contents.arrays for shard in shards_of(array)]
         try:  # Nothing is written behind this, but somebody else may have removed some of it.
-            at_once((partial(self._find, name) for name in [GROUP, *files]), AT_ONCE)
+            at_once(partial(self._find, name) for name in [GROUP, *files])
         except Misuse:
             self.store.remove(MANIFEST)
             raise
@@ -201,7 +202,7 @@ class Draft:
         part = root / self._part
         try:
             # It was whole: it is so under its name, or has got another one meanwhile (`_aside`).
-            at_once((partial(_sync, folder) for folder, _, _ in os.walk(part)), AT_ONCE)
+            at_once((partial(_sync, folder) for folder, _, _ in os.walk(part)))
             if os.path.lexists(root / self.name):  # the same step, perhaps damaged: it goes later
                 self.name = part.stem
             part.rename(root / self.name)

@@ -8,13 +8,16 @@ To import this is to import zarr, 0.4 s: inside of functions only.
 """
 
 import asyncio
+import json
 from collections.abc import Callable, Coroutine
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
 from zarr import AsyncArray
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import StorePath, WrapperStore
 
 from outlast.checkpoint.dtypes import Values
@@ -46,8 +49,13 @@ def write(store: Store, path: str, metadata: dict[str, Any], box: Box, values: V
 
 def _opened(store: Store, path: str, metadata: dict[str, Any]) -> AsyncArray[Any]:
     config: Any = {"order": "C", "write_empty_chunks": True}  # no chunk of zeros is left out
-    plain: Any = metadata
-    return AsyncArray(plain, StorePath(store, path), config)
+    return AsyncArray(_parsed(json.dumps(metadata)), StorePath(store, path), config)
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> ArrayV3Metadata:
+    """Of arrays of one shape and dtype, of which a model has many: it takes 0.4 ms."""
+    return ArrayV3Metadata.from_dict(json.loads(text))
 
 
 class _Fresh(WrapperStore[Store]):
