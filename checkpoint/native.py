@@ -301,9 +301,14 @@ def _array(array: Array) -> dict[str, Any]:
     }
 
 
-def write_metadata(store: Store, contents: Contents) -> None:
+def write_metadata(store: Store, contents: Contents, tick: Tick = lambda size: None) -> None:
     """Every zarr.json; Misuse where the store does not take them."""
-    at_once(partial(store.write, *each) for each in metadata(contents).items())
+
+    def write(name: str, text: bytes) -> None:
+        store.write(name, text)
+        tick(len(text))
+
+    at_once(partial(write, *each) for each in metadata(contents).items())
 
 
 # ---- a whole step

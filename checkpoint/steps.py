@@ -33,6 +33,7 @@ from outlast.checkpoint.native import (
     write_metadata,
 )
 from outlast.checkpoint.pool import at_once
+from outlast.checkpoint.source import Tick
 from outlast.checkpoint.store import Directory, Store, read_whole, store_at
 from outlast.cluster.errors import Corrupt, Misuse
 
@@ -148,20 +149,20 @@ class Draft:
         self.store.settle()
         self.store.write(f"{_NOTES}/{rank:05}.json", json.dumps(shards).encode())
 
-    def publish(self, contents: Contents) -> str:
-        """Complete it, remove what is too old; its name.
+    def publish(self, contents: Contents, tick: Tick = lambda size: None) -> str:
+        """Complete it, remove what is too old; its name. `tick` hears of every file.
 
         Raises:
             Misuse: a shard was not noted, or twice, or the store fails: it is not listed then.
         """
         assert contents.step == self.step, f"{contents.step}, not {self.step}"
         shards = self._noted(contents)
-        write_metadata(self.store, contents)
+        write_metadata(self.store, contents, tick)
         self.store.remove(_NOTES)
         self.store.write(MANIFEST, Manifest(contents, shards).to_bytes())
         files = [shard.name for array in contents.arrays for shard in shards_of(array)]
         try:  # Nothing is written behind this, but somebody else may have removed some of it.
-            at_once(partial(self._find, name) for name in [GROUP, *files])
+            at_once(partial(self._find, name, tick) for name in [GROUP, *files])
         except Misuse:
             self.store.remove(MANIFEST)
             raise
@@ -194,9 +195,10 @@ class Draft:
         except (Corrupt, ValueError, TypeError, AttributeError) as error:
             raise Misuse(f"{self.store.place(name)} is no note: {error}") from error
 
-    def _find(self, name: str) -> None:
+    def _find(self, name: str, tick: Tick) -> None:
         if not self.store.holds(name):
             raise Misuse(f"{self.store.place(name)} was removed meanwhile")
+        tick(0)
 
     def _rename(self, root: Path) -> None:
         part = root / self._part

@@ -67,13 +67,16 @@ class Durable:
         """Steps that any rank sees, newest first: what one of them does not see is a fault."""
         mine: list[str] | None = []
         if self._url:
-            mine, errors = together(
-                communicator, lambda wanted: self._steps.names(), self._period_s
-            )
+            mine, errors = together(communicator, lambda wanted: self._look(), self._period_s)
             if errors:
                 raise Misuse(f"{errors[0]}: is it the right --checkpoint-dir?")
         seen = {name for names in communicator.gather_json(mine) for name in names or ()}
         return tuple(sorted(seen, reverse=True))
+
+    def _look(self) -> list[str]:
+        if self.every and self._training.initial:
+            self._steps.probe()  # while nothing is lost yet
+        return self._steps.names()
 
     def load(
         self, communicator: Communicator, names: Sequence[str], owned: Sequence[Run]

@@ -152,13 +152,17 @@ class Save:
             for index, (start, stop) in enumerate(grid(array.shape).shards()):
                 yield array, index, values[start:stop]
 
+    def _got_on(self, size: int) -> None:
+        self.moved = time.monotonic()
+
     def publish(self, wanted: Wanted) -> None:
         """Complete the step, which all ranks have written; rank 0 does."""
         assert self._draft is not None
         assert self._contents is not None
+        self.moved = time.monotonic()
         with closing(self._draft.store):
             if wanted:
-                self._draft.publish(self._contents)
+                self._draft.publish(self._contents, self._got_on)
                 facts = {"step": self.step, "seconds": self.seconds}
                 self._training.link.send(kind="event", event="saved", **facts)
 
