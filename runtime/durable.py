@@ -23,7 +23,7 @@ from outlast.checkpoint.writers import parts
 from outlast.cluster.errors import Misuse, StateLost, Stopped
 from outlast.layout.run import Run
 from outlast.runtime.collectives import Communicator
-from outlast.runtime.errand import Wanted, together
+from outlast.runtime.errand import Errand, Wanted, together
 from outlast.runtime.saving import Phase, Saving, Stage
 from outlast.runtime.staging import stored_roles
 from outlast.runtime.stored_run import fitting, record_of
@@ -67,16 +67,20 @@ class Durable:
         """Steps that any rank sees, newest first: what one of them does not see is a fault."""
         mine: list[str] | None = []
         if self._url:
-            mine, errors = together(communicator, lambda wanted: self._look(), self._period_s)
+            if self.every and self._training.initial and communicator.rank == 0:
+                Errand(lambda wanted: self._probe())
+            mine, errors = together(communicator, lambda _: self._steps.names(), self._period_s)
             if errors:
                 raise Misuse(f"{errors[0]}: is it the right --checkpoint-dir?")
         seen = {name for names in communicator.gather_json(mine) for name in names or ()}
         return tuple(sorted(seen, reverse=True))
 
-    def _look(self) -> list[str]:
-        if self.every and self._training.initial:
-            self._steps.probe()  # while nothing is lost yet
-        return self._steps.names()
+    def _probe(self) -> None:
+        try:
+            self._steps.probe()
+        except Misuse as error:  # said while nothing is lost yet; training does not need it
+            facts = {"step": self._training.committed, "cause": str(error)}
+            self._training.link.send(kind="event", event="save_failed", **facts)
 
     def load(
         self, communicator: Communicator, names: Sequence[str], owned: Sequence[Run]

@@ -247,6 +247,8 @@ def test_a_step_that_one_rank_does_not_see_is_not_passed_over(tmp_path: Path) ->
     class Meeting:
         """A communicator of two ranks, the other of which sees two steps."""
 
+        rank = 1
+
         def gather_json(self, value: Any) -> list[Any]:
             done = isinstance(value, list) and len(value) == 2 and isinstance(value[0], bool)
             theirs = [True, ""] if done else ["step-000000000009", "step-000000000003"]
