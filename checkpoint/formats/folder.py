@@ -117,3 +117,7 @@ class Folder:
         with self._lock:
             while self._files:
                 os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()  # a source that nobody closed
+

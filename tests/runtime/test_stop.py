@@ -102,13 +102,14 @@ def test_a_damaged_step_gives_way_to_the_one_before(start: Start, tmp_path: Path
     assert "remove it to start over" in job.output
 
 
-def test_storage_that_cannot_be_written_is_told(start: Start, tmp_path: Path) -> None:
+def test_storage_that_is_none_is_refused_before_anything_is_trained(
+    start: Start, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     job = start(2, 1, *SLOW, launch=checkpoints(tmp_path / "file"))
-    job.wait_for_step(2)
-    job.process.send_signal(signal.SIGUSR1)
     assert job.end() == 1, job.output
-    assert "cannot be written" in job.output
+    assert "cannot be listed" in job.output
+    assert "is it the right --checkpoint-dir?" in job.output
 
 
 def flip(path: Path) -> None:
