@@ -71,7 +71,8 @@ class Durable:
                 Errand(lambda wanted: self._probe())
             mine, errors = together(communicator, lambda _: self._steps.names(), self._period_s)
             if errors:
-                raise Misuse(f"{errors[0].removeprefix('Misuse: ')}: is it the right --checkpoint-dir?")
+                cause = errors[0].removeprefix("Misuse: ")
+                raise Misuse(f"{cause}: is it the right --checkpoint-dir?")
         seen = {name for names in communicator.gather_json(mine) for name in names or ()}
         return tuple(sorted(seen, reverse=True))
 

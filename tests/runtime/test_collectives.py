@@ -133,8 +133,9 @@ def test_interrupted_groups_leave_nothing_behind() -> None:
 
 
 def test_planted_groups_that_are_kept_are_noticed() -> None:
-    with Peers(3, lambda peer: interrupt_often(peer, keep=True)) as peers, pytest.raises(
-        AssertionError, match="grew"
+    with (
+        Peers(3, lambda peer: interrupt_often(peer, keep=True)) as peers,
+        pytest.raises(AssertionError, match="grew"),
     ):
         check_leaks(peers)
 
