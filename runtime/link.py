@@ -140,19 +140,7 @@ class AgentLink:
             Latch(latch).hold()
         threading.Thread(target=self._listen, name="outlast-link", daemon=True).start()
         self.send(kind="attach", pid=os.getpid())
-        welcome, _ = self._answer("welcome", 60.0)
-        self.identity = Identity(
-            holder=welcome["holder"],
-            node=welcome["node"],
-            job=welcome["job"],
-            host=welcome["host"],
-            timing=Timing(heartbeat_s=welcome["heartbeat_s"]),
-            rebalance=welcome["rebalance"],
-            evict_poison=welcome["evict_poison"],
-            checkpoint_dir=welcome["checkpoint_dir"],
-            checkpoint_every=welcome["checkpoint_every"],
-            checkpoint_keep=welcome["checkpoint_keep"],
-        )
+        self._answer("welcome", 60.0)
 
     def ready(self, device: torch.device, protected: bool, sharded: bool) -> None:
         """Ask to take part in the data plane, with tensors on `device`; protected: steps have
@@ -263,6 +251,8 @@ class AgentLink:
             elif kind == "view":
                 self._install(View.from_json(message["view"]))
             else:
+                if kind == "welcome":  # here, for the view may be the very next message
+                    self.identity = _identity(message)
                 with self._state:
                     self._answers[kind] = (message, descriptors)
                     self._state.notify_all()
@@ -354,6 +344,13 @@ class AgentLink:
                 )
             return None
         return communicator
+
+
+def _identity(welcome: dict[str, Any]) -> Identity:
+    names = ("holder", "node", "job", "host", "rebalance", "evict_poison",
+             "checkpoint_dir", "checkpoint_every", "checkpoint_keep")  # fmt: skip
+    timing = Timing(heartbeat_s=welcome["heartbeat_s"])
+    return Identity(timing=timing, **{name: welcome[name] for name in names})
 
 
 # How long a peer may take from its start to `prepare()`. If it dies meanwhile, a new view says so.

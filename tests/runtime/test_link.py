@@ -38,7 +38,6 @@ def test_a_step_is_protected_as_the_script_says(average: str | None) -> None:
     assert protection != Protection(2, 16, protection.edges)
 
 
-@pytest.mark.long  # alone it waits for a connection that it does not get: not understood yet
 def test_nothing_connects_before_it_is_known_which_groups_are_needed() -> None:
     """An agent tells views to workers that still build their model. One that connected then would
     do so without a side, for which the others wait for ever."""
