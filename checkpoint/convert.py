@@ -25,6 +25,7 @@ from outlast.checkpoint.items import Item, Wanted
 from outlast.checkpoint.pool import spread
 from outlast.checkpoint.proof import differences, unlike
 from outlast.checkpoint.source import Tick
+from outlast.checkpoint.store import synchronise
 from outlast.cluster.errors import Corrupt, Misuse
 
 Progress = Callable[[str, int, int], None]  # what is being done, its bytes so far, and of how many
@@ -95,7 +96,8 @@ def convert(job: Conversion, progress: Progress) -> Path:
             shutil.rmtree(job.part)
             raise
         _write(job, journal, items, done, progress)
-        _flush(*directory.rglob("*"), directory)
+        # Out of memory, too: what is proven is what a later reader gets.
+        synchronise([*directory.rglob("*"), directory], forget=True)
         if job.proof:
             _prove(job, directory, progress)
         if _identity(job) != identity:
@@ -192,17 +194,6 @@ def _write(
         raise Misuse(f"{job.part}: {cause}: the same command goes on from there") from cause
 
 
-def _flush(*paths: Path) -> None:
-    """To disk, and out of memory: what is proven is what a later reader gets."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-
-
 def _prove(job: Conversion, directory: Path, progress: Progress) -> None:
     contents = job.source.source.contents
     found: list[str] = []
@@ -249,11 +240,11 @@ def _is_published(job: Conversion) -> bool:
 def _conclude(job: Conversion) -> None:
     """Name it in LATEST, which comes last."""
     place = job.place
-    _flush(place.parent)
+    synchronise([place.parent])
     if job.to.writer.LATEST:
         draft = job.part / "latest"
         draft.write_text(place.name, encoding="utf-8")
-        _flush(draft)
+        synchronise([draft])
         draft.rename(place.parent / job.to.writer.LATEST)
     shutil.rmtree(job.part)
-    _flush(place.parent)
+    synchronise([place.parent])

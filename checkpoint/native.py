@@ -403,7 +403,6 @@ def plan(source: Source, directory: Path, wanted: Wanted) -> list[Item]:
             )
             for array in arrays
         }
-        store.settle()
         store.write(MANIFEST, Manifest(source.contents, shards).to_bytes())
 
     items = [

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from outlast.checkpoint.contents import UNTRAINED, Array, Contents
-from outlast.checkpoint.dtypes import cast, dtype_of
+from outlast.checkpoint.dtypes import Values, cast, dtype_of
 from outlast.checkpoint.formats.registry import FACTS, GROUPS, OPTIMIZER, RUN, Format, Opened
 from outlast.checkpoint.grid import grid
 from outlast.checkpoint.items import Wanted
 from outlast.checkpoint.pool import spread
-from outlast.checkpoint.source import Source, Tick, array_digest, shard_digest
+from outlast.checkpoint.source import Source, Tick, digest
 from outlast.cluster.errors import Corrupt, Misuse
 
 KEPT_FACTS = ("lr_scheduler", "client_state")
@@ -108,17 +108,18 @@ def survey(opened: Opened, workers: int, tick: Tick) -> Iterator[tuple[Array, Fi
     source = opened.source
 
     def look(array: Array, tick: Tick) -> Finding | Corrupt:
-        digests, unfinite = [], 0
+        unfinite = 0
+
+        def count(values: Values) -> None:
+            nonlocal unfinite
+            if array.dtype.startswith(("float", "bfloat", "complex")):
+                unfinite += int(np.count_nonzero(~np.isfinite(values)))
+            tick(values.nbytes)
+
         try:
-            for start, stop in grid(array.shape).shards():
-                values = source.read(array, start, stop)
-                digests.append(shard_digest(values))
-                if array.dtype.startswith(("float", "bfloat", "complex")):
-                    unfinite += int(np.count_nonzero(~np.isfinite(values)))
-                tick(values.nbytes)
+            return Finding(digest(source, array, count), unfinite)
         except Corrupt as error:
             return error
-        return Finding(array_digest(digests), unfinite)
 
     yield from spread([(a, partial(look, a)) for a in source.contents.arrays], workers, tick)
 

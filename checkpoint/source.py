@@ -48,11 +48,13 @@ def array_digest(shards: Iterable[str]) -> str:
     return xxhash.xxh3_128_hexdigest("".join(shards).encode())
 
 
-def digest(source: Source, array: Array, tick: Tick = lambda size: None) -> str:
-    """Digest of an array's values, read shard by shard."""
+def digest(
+    source: Source, array: Array, look: Callable[[Values], None] = lambda values: None
+) -> str:
+    """Digest of an array's values, read shard by shard; `look` sees those of each."""
     found = []
     for start, stop in grid(array.shape).shards():
         values = source.read(array, start, stop)
         found.append(shard_digest(values))
-        tick(values.nbytes)
+        look(values)
     return array_digest(found)

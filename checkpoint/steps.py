@@ -34,7 +34,7 @@ from outlast.checkpoint.native import (
 )
 from outlast.checkpoint.pool import at_once
 from outlast.checkpoint.source import Tick
-from outlast.checkpoint.store import Directory, Store, read_whole, store_at
+from outlast.checkpoint.store import Directory, Store, read_whole, store_at, synchronise
 from outlast.cluster.errors import Corrupt, Misuse
 
 # Nothing else is removed.
@@ -204,22 +204,14 @@ class Draft:
         part = root / self._part
         try:
             # It was whole: it is so under its name, or has got another one meanwhile (`_aside`).
-            at_once((partial(_sync, folder) for folder, _, _ in os.walk(part)))
+            synchronise(Path(folder) for folder, _, _ in os.walk(part))
             if os.path.lexists(root / self.name):  # the same step, perhaps damaged: it goes later
                 self.name = part.stem
             part.rename(root / self.name)
-            _sync(root)
+            synchronise([root])
         except OSError as error:
             raise Misuse(f"{root / self.name} cannot be published: {error}") from error
 
 
 def _step(name: str) -> str:
     return name[: len("step-000000000000")]
-
-
-def _sync(directory: Path | str) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,7 +7,7 @@ writes also synchronises, because another node may be the one that publishes.
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
@@ -141,10 +141,12 @@ class Directory(Folder):
             raise Misuse(f"{path} cannot be written: {error}") from error
 
     def settle(self) -> None:
-        """See `Store`. Many at once, for the journal of a file system takes them together: 378
-        files took 0.14 s so, and 1.1 s one after the other."""
+        """See `Store`."""
         found, self._unsettled = self._unsettled, []
-        at_once(partial(_sync, path) for path in found)
+        try:
+            synchronise(found)
+        except OSError as error:
+            raise Misuse(f"{self.path} cannot be written: {error}") from error
 
     def remove(self, name: str, first: str = "") -> None:
         """See `Store`; of a symbolic link only the link."""
@@ -164,12 +166,23 @@ class Directory(Folder):
         return Directory(self.path / name, self._follow)
 
 
-def _sync(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise Misuse(f"{path} cannot be written: {error}") from error
+def synchronise(paths: Iterable[Path], forget: bool = False) -> None:
+    """To disk with files and directories, and with `forget` out of memory; OSError if that fails.
+
+    Many at once, for the journal of a file system takes them together: 378 files took 0.14 s so,
+    and 1.1 s one after the other.
+    """
+
+    def one(path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+            if forget:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+    at_once(partial(one, path) for path in paths)
 
 
 class Bucket:

@@ -23,7 +23,7 @@ from outlast.checkpoint.writers import parts
 from outlast.cluster.errors import Misuse, StateLost, Stopped
 from outlast.layout.run import Run
 from outlast.runtime.collectives import Communicator
-from outlast.runtime.errand import Errand, Wanted, together
+from outlast.runtime.errand import Errand, StillWanted, together
 from outlast.runtime.saving import Phase, Saving, Stage
 from outlast.runtime.staging import stored_roles
 from outlast.runtime.stored_run import fitting, record_of
@@ -94,7 +94,7 @@ class Durable:
         training, reasons = self._training, []
         for name in names:
 
-            def read(wanted: Wanted, name: str = name) -> _Read:
+            def read(wanted: StillWanted, name: str = name) -> _Read:
                 return self._read(name, owned, wanted)
 
             found, errors = together(communicator, read, self._period_s)
@@ -112,7 +112,7 @@ class Durable:
             reasons.append(errors[0])
         raise StateLost(f"{'; '.join(reasons)}: put it right, or remove it to start over")
 
-    def _read(self, name: str, owned: Sequence[Run], wanted: Wanted) -> _Read:
+    def _read(self, name: str, owned: Sequence[Run], wanted: StillWanted) -> _Read:
         """Bring the runs `owned` of a step into the first half, and what is not trained."""
         training, where = self._training, f"{self._url}/{name}"
         memory, space, untrained = training.state.memory, training.state.space, training.untrained

@@ -1,7 +1,7 @@
 """An errand is something slow on storage, in a thread of its own, that nobody has to wait for.
 
 A store may hang for ever. So whoever gives up on an errand drops it and goes on: it ends as soon
-as the store lets it, changes nothing any more (`Wanted.held`), and nobody hears of it.
+as the store lets it, changes nothing any more (`StillWanted.held`), and nobody hears of it.
 """
 
 import threading
@@ -15,7 +15,7 @@ from outlast.runtime.collectives import Communicator
 T = TypeVar("T")
 
 
-class Wanted:
+class StillWanted:
     """Whether the result of an errand is still wanted."""
 
     def __init__(self) -> None:
@@ -46,10 +46,10 @@ class Wanted:
 class Errand(Generic[T]):
     """`work` has begun when this exists; `result` and `error` are there once it is `done`."""
 
-    def __init__(self, work: Callable[[Wanted], T]) -> None:
+    def __init__(self, work: Callable[[StillWanted], T]) -> None:
         self.result: T | None = None
         self.error = ""
-        self.wanted = Wanted()
+        self.wanted = StillWanted()
         self._thread = threading.Thread(
             target=self._run, args=(work,), name="outlast-errand", daemon=True
         )
@@ -64,7 +64,7 @@ class Errand(Generic[T]):
         """Until it is done, at most so long."""
         self._thread.join(limit_s)
 
-    def _run(self, work: Callable[[Wanted], T]) -> None:
+    def _run(self, work: Callable[[StillWanted], T]) -> None:
         self.error = "it came to no end: the output of its rank has the reason"
         try:
             self.result = work(self.wanted)
@@ -74,7 +74,7 @@ class Errand(Generic[T]):
 
 
 def together(
-    communicator: Communicator, work: Callable[[Wanted], T], period_s: float
+    communicator: Communicator, work: Callable[[StillWanted], T], period_s: float
 ) -> tuple[T | None, list[str]]:
     """Do something slow on every rank while all keep meeting, so that no collective waits for long;
     its result here, and what went wrong anywhere.

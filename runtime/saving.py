@@ -29,7 +29,7 @@ from outlast.checkpoint.pool import at_once
 from outlast.checkpoint.steps import Draft, Steps
 from outlast.layout.layout import Layout
 from outlast.runtime.collectives import Communicator
-from outlast.runtime.errand import Errand, Wanted
+from outlast.runtime.errand import Errand, StillWanted
 from outlast.runtime.staging import Staging
 from outlast.runtime.stored_run import contents_of
 
@@ -129,7 +129,7 @@ class Save:
             self._contents = contents_of(self._training, record)
         self._staging, self.moved = staging, time.monotonic()
 
-    def write(self, wanted: Wanted) -> None:
+    def write(self, wanted: StillWanted) -> None:
         """All shards of this rank, and the note."""
         draft = self._draft = self._steps().draft(self.step, self._tag)
         digests: dict[str, dict[int, str]] = {}
@@ -155,7 +155,7 @@ class Save:
     def _got_on(self, size: int) -> None:
         self.moved = time.monotonic()
 
-    def publish(self, wanted: Wanted) -> None:
+    def publish(self, wanted: StillWanted) -> None:
         """Complete the step, which all ranks have written; rank 0 does."""
         assert self._draft is not None
         assert self._contents is not None
@@ -272,7 +272,7 @@ class Saving:
         if self._errand is not None:
             self._errand.wanted.drop()
 
-    def _send(self, work: Callable[[Wanted], None], then: Phase) -> Errand[None]:
+    def _send(self, work: Callable[[StillWanted], None], then: Phase) -> Errand[None]:
         errand = Errand(work)
         self._errand, self._then = errand, then
         return errand

@@ -35,7 +35,6 @@ def contents_of(training: "Training", record: SlotRecord) -> Contents:
     run = {name: getattr(settings, name) for name in _SAME} | {
         "losses": list(record.losses),
         "norms": list(record.norms),
-        "scalars": record.scalars,
         "lineage": [one.as_json() for one in lineage],
         "learning_rate": training.optimizer.base_rate,
         "clip": settings.clip,

@@ -12,7 +12,6 @@ checkpoint. Files that are not of one save are refused.
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from outlast.checkpoint.dtypes import cast
 from outlast.checkpoint.formats.deepspeed_layout import split
 from outlast.checkpoint.formats.deepspeed_model import Model, State, numel
 from outlast.checkpoint.formats.deepspeed_optimizer import Zero
-from outlast.checkpoint.formats.folder import Folder, corrupt
+from outlast.checkpoint.formats.folder import Folder, corrupt, named_by
 from outlast.checkpoint.formats.pieces import PieceSource
 from outlast.checkpoint.formats.slices import Located, MergedSource, Merges, Slices
 from outlast.checkpoint.formats.torch_zip import ZipFolder, read
@@ -43,11 +42,8 @@ def find(path: Path) -> Path | None:
     """The checkpoint at `path`, the one that `latest` there names, or else the newest one."""
     if _is_one(path):
         return path
-    latest = path / "latest"
-    if latest.is_file():
-        with latest.open("rb") as file:
-            named = path / file.read(256).decode("utf-8", "replace").strip("\n\0")
-        return named if named.parent == path and _is_one(named) else None
+    if (latest := path / "latest").is_file():
+        return named if (named := named_by(latest)) and _is_one(named) else None
     steps = [(int(m[1]), p) for p in path.glob("global_step*") if (m := _STEP.fullmatch(p.name))]
     return next((found for _, found in sorted(steps, reverse=True) if _is_one(found)), None)
 
@@ -88,12 +84,7 @@ def open(path: Path, follow: bool = False) -> Source:
         Misuse: it is of a kind that is not read: stage 0, pipeline stages, experts, the elastic
             format.
     """
-    with ExitStack() as opened:
-        folder = ZipFolder(path, follow)
-        opened.callback(folder.close)
-        source = _Reader(folder).source()
-        opened.pop_all()
-    return source
+    return _Reader(ZipFolder(path, follow)).source()
 
 
 class _Reader:

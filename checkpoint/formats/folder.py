@@ -21,6 +21,13 @@ def corrupt(file: Path | str, offset: int, why: str) -> Corrupt:
     return Corrupt(f"{file} at byte {offset}: {why}")
 
 
+def named_by(latest: Path) -> Path | None:
+    """The neighbour that a file like DeepSpeed's `latest` names; None where it leads elsewhere."""
+    with latest.open("rb") as file:
+        named = latest.parent / file.read(256).decode("utf-8", "replace").strip("\n\0")
+    return named if named.parent == latest.parent else None
+
+
 class Folder:
     """Read access to the files below `path`.
 
@@ -120,4 +127,3 @@ class Folder:
 
     def __del__(self) -> None:
         self.close()  # a source that nobody closed
-

@@ -12,7 +12,6 @@ Sources: ds_to_universal.py, universal_checkpoint.py, base_optimizer.py and stag
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from glob import escape
@@ -24,7 +23,7 @@ from outlast.checkpoint.contents import BUFFER, FROZEN, PARAM, UNTRAINED, Array,
 from outlast.checkpoint.formats import deepspeed_write as zero
 from outlast.checkpoint.formats.deepspeed_layout import split
 from outlast.checkpoint.formats.deepspeed_model import Model, Shape, State, loss_scaler
-from outlast.checkpoint.formats.folder import corrupt
+from outlast.checkpoint.formats.folder import corrupt, named_by
 from outlast.checkpoint.formats.patterns import VOCABULARY, Patterns
 from outlast.checkpoint.formats.pickles import Opaque, TensorRef
 from outlast.checkpoint.formats.pieces import Piece, PieceSource
@@ -45,11 +44,9 @@ def find(path: Path) -> Path | None:
     """The checkpoint at `path`, or the one that `latest_universal` there names."""
     if (path / _OPTIMIZER).is_file():
         return path
-    if not (path / LATEST).is_file():
-        return None
-    with (path / LATEST).open("rb") as file:
-        named = path / file.read(256).decode("utf-8", "replace").strip()
-    return named if named.parent == path and (named / _OPTIMIZER).is_file() else None
+    if (latest := path / LATEST).is_file() and (named := named_by(latest)):
+        return named if (named / _OPTIMIZER).is_file() else None
+    return None
 
 
 def open(path: Path, follow: bool = False) -> Source:
@@ -59,12 +56,7 @@ def open(path: Path, follow: bool = False) -> Source:
         Corrupt: files are damaged, missing, or contradict each other.
         Misuse: it has experts.
     """
-    with ExitStack() as opened:
-        folder = ZipFolder(path, follow)
-        opened.callback(folder.close)
-        source = _Reader(folder).source()
-        opened.pop_all()
-    return source
+    return _Reader(ZipFolder(path, follow)).source()
 
 
 class _Reader:

@@ -281,12 +281,12 @@ def test_ended_right_after_the_rename(tmp_path: Path, monkeypatch: pytest.Monkey
     opened = into(held(), "native", tmp_path / "first")
     job = conversion(opened, "deepspeed", tmp_path / "out")
 
-    def end(*paths: Path) -> None:
+    def end(paths: list[Path], forget: bool = False) -> None:
         if job.place.exists():
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_flush", end)
+        patch.setattr(engine, "synchronise", end)
         with pytest.raises(KeyboardInterrupt):
             convert(job, silent)
     assert job.part.exists()

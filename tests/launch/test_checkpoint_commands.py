@@ -192,13 +192,14 @@ def test_names_are_no_orders_to_a_terminal(tmp_path: Path) -> None:
 
 def test_a_checkpoint_in_a_bucket(step: Path, tmp_path: Path) -> None:
     """What can be done with a URL; buckets themselves: tests/checkpoint/test_steps.py."""
-    fsspec.filesystem("memory").put(str(step.parent), "/bucket/run", recursive=True)
-    for url in ("memory://bucket/run", f"memory://bucket/run/{step.name}"):
+    bucket = tmp_path.name  # this store is the whole process's
+    fsspec.filesystem("memory").put(str(step.parent), f"/{bucket}/run", recursive=True)
+    for url in (f"memory://{bucket}/run", f"memory://{bucket}/run/{step.name}"):
         assert run("inspect", "--tensors", url).output == run("inspect", "--tensors", step).output
-    assert run("verify", "memory://bucket/run").exit_code == 0
-    assert run("convert", "memory://bucket/run", tmp_path / "u", "--to", "dcp").exit_code == 0
+    assert run("verify", f"memory://{bucket}/run").exit_code == 0
+    assert run("convert", f"memory://{bucket}/run", tmp_path / "u", "--to", "dcp").exit_code == 0
     assert run("inspect", f"file://{step}").output == run("inspect", step).output
-    told = run("inspect", "memory://bucket")
+    told = run("inspect", f"memory://{bucket}")
     assert (told.exit_code, "no native checkpoint" in str(told.exception)) == (1, True)
 
 

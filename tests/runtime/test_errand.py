@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from outlast.cluster.errors import GenerationChanged, Misuse
-from outlast.runtime.errand import Errand, Wanted, together
+from outlast.runtime.errand import Errand, StillWanted, together
 
 
 class Meeting:
@@ -39,7 +39,7 @@ def test_what_goes_wrong_elsewhere_is_wrong_here() -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("error", [Misuse("full"), OSError("gone"), MemoryError(), ValueError()])
 def test_work_that_fails_in_any_way_is_no_success(error: Exception) -> None:
-    def work(wanted: Wanted) -> None:
+    def work(wanted: StillWanted) -> None:
         raise error
 
     meeting: Any = Meeting([True, ""])
@@ -53,7 +53,7 @@ def test_nothing_fills_the_memory_of_a_later_generation(hangs: bool) -> None:
     memory, store, began = [0], threading.Event(), time.monotonic()
     ended = threading.Event()
 
-    def read(wanted: Wanted) -> None:
+    def read(wanted: StillWanted) -> None:
         try:
             while True:
                 store.wait(60.0 if hangs else 0.001)  # may never come back
@@ -75,7 +75,7 @@ def test_nothing_fills_the_memory_of_a_later_generation(hangs: bool) -> None:
 def test_dropping_waits_for_what_is_being_changed_and_for_nothing_else() -> None:
     inside, leave, order = threading.Event(), threading.Event(), list[str]()
 
-    def work(wanted: Wanted) -> None:
+    def work(wanted: StillWanted) -> None:
         with wanted.held():
             inside.set()
             leave.wait(30)
@@ -89,7 +89,7 @@ def test_dropping_waits_for_what_is_being_changed_and_for_nothing_else() -> None
     assert order == ["changed", "dropped"]
 
 
-def check(work: Callable[[Wanted], Any]) -> Errand[Any]:
+def check(work: Callable[[StillWanted], Any]) -> Errand[Any]:
     errand = Errand(work)
     errand.wait(30)
     assert errand.done
