@@ -72,6 +72,21 @@ def save(
     return steps.draft(step, tag).publish(contents(step, arrays))
 
 
+def test_what_is_noted_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, real = set(), os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    draft = Steps(str(tmp_path)).draft(5, TAG)
+    write(draft, 0, 1)
+    files = {str(path) for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(files) > 2
+    assert files <= synced
+
+
 def check(steps: Steps, name: str, arrays: tuple[Array, ...] = LITTLE) -> int:
     """Read all of a step, and compare; its number."""
     source = steps.open(name)

@@ -1,6 +1,7 @@
 """What a checkpoint of a run holds, which runs may go on from it, and from whose checkpoints."""
 
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -292,3 +293,19 @@ def test_a_buffer_that_cannot_be_stored_is_known_before_the_first_step(tmp_path:
     run = Run(Told(tmp_path, "2"), Settings(leaves=2, grain=64))
     with pytest.raises(Misuse, match="complex32"):
         run.prepare(Odd(), optimizer=partial(torch.optim.AdamW, lr=0.01))
+
+
+def test_a_place_that_takes_nothing_is_told_at_the_start(tmp_path: Path) -> None:
+    nowhere = Path("/proc/outlast")  # nothing can be made there, and nothing is there
+    _, _, link = train(nowhere, 1, "100")
+    deadline = time.monotonic() + 30
+    while not (told := [m for m in link.told if m.get("event") == "save_failed"]):
+        assert time.monotonic() < deadline
+    assert "takes no checkpoints" in told[0]["cause"]
+
+
+def test_other_numerics_are_told(tmp_path: Path) -> None:
+    train(tmp_path / "steps", 2)
+    other = lambda contents: replace(contents, run=contents.run | {"numerics": "of another age"})  # noqa: E731
+    with pytest.warns(UserWarning, match="of another age.*the bits will be others"):
+        train(rewritten(tmp_path / "steps", other), 3)

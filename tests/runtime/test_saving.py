@@ -147,6 +147,15 @@ def test_saves_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [event["step"] for event in ranks.told("saved")] == [3, 6, 9]
 
 
+def test_what_is_due_while_a_save_ends_is_taken_with_the_next_step(tmp_path: Path) -> None:
+    ranks = Ranks(2, 2, "2", Unsure(tmp_path).steps)
+    for step in range(1, 12):
+        ranks.step(step)
+        ranks.quiet()
+    assert [event["step"] for event in ranks.told("saving")] == [2, 5, 8, 11]
+    assert not ranks.told("save_skipped")
+
+
 def test_a_store_that_hangs_holds_nothing_up(tmp_path: Path) -> None:
     store = Unsure(tmp_path)
     ranks, before = Ranks(2, 2, "2", store.steps), threading.active_count()
