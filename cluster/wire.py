@@ -3,12 +3,13 @@
 Both ends send a hello in clear: magic with version, hash of the job, a fresh nonce. Each direction
 then has a key of its own, derived from the job key and both nonces, and every frame is
 
-    length of body (u32, big endian) | body (a JSON object) | HMAC-SHA256(key, number | body)
+    length of body (u32, big endian) | body | HMAC-SHA256(key, number | body)
 
-where `number` counts the frames of the direction. So a replayed, reflected, reordered or foreign
-frame fails its tag, and the first good frame proves that the peer holds the job key. The length is
-checked before anything is stored: a stranger costs at most `STRANGER_BYTES_MAX`. The first error
-is final; what was received after it is never looked at.
+where `number` counts the frames of the direction. The bodies of agents are JSON objects (`send`,
+`receive`), those of bulk data any bytes (`seal`, `unseal`). So a replayed, reflected, reordered or
+foreign frame fails its tag, and the first good frame proves that the peer holds the job key. The
+length is checked before anything is stored: a stranger costs at most `STRANGER_BYTES_MAX`. The
+first error is final; what was received after it is never looked at.
 """
 
 import hashlib
@@ -67,8 +68,11 @@ class Session:
 
     def send(self, message: dict[str, Any]) -> bytes:
         """The frame that carries this message."""
+        return self.seal(json.dumps(message, separators=(",", ":"), allow_nan=False).encode())
+
+    def seal(self, body: bytes) -> bytes:
+        """The frame that carries these bytes."""
         assert self._keys is not None, "the peer's hello comes first"
-        body = json.dumps(message, separators=(",", ":"), allow_nan=False).encode()
         if len(body) > BODY_BYTES_MAX:
             raise ValueError(f"a message of {len(body)} bytes, at most {BODY_BYTES_MAX}")
         frame = len(body).to_bytes(4, "big") + body + _tag(self._keys[0], self._sent, body)
@@ -77,6 +81,14 @@ class Session:
 
     def receive(self, data: bytes) -> list[dict[str, Any]]:
         """The messages that these bytes complete; raises Rejected now and ever after on others."""
+        try:
+            return [decode(body) for body in self.unseal(data)]
+        except Rejected as error:
+            self._rejected = error
+            raise
+
+    def unseal(self, data: bytes) -> list[bytes]:
+        """The bodies that these bytes complete; raises Rejected now and ever after on others."""
         if self._rejected is not None:
             raise self._rejected
         self._buffer += data
@@ -87,11 +99,11 @@ class Session:
             self._buffer.clear()
             raise
 
-    def _frames(self) -> list[dict[str, Any]]:
+    def _frames(self) -> list[bytes]:
         if self._keys is None and not self._hello():
             return []
         assert self._keys is not None
-        messages, start = [], 0
+        bodies, start = [], 0
         while len(self._buffer) - start >= 4:
             length = int.from_bytes(self._buffer[start : start + 4], "big")
             limit = BODY_BYTES_MAX if self.authenticated else STRANGER_BYTES_MAX
@@ -106,10 +118,10 @@ class Session:
                 known = "out of sequence or altered" if self.authenticated else "with another key"
                 raise Rejected(f"a frame {known}")
             self._received += 1
-            messages.append(_decode(body))
+            bodies.append(body)
             start = stop + TAG_BYTES
         del self._buffer[:start]
-        return messages
+        return bodies
 
     def _hello(self) -> bool:
         hello = bytes(self._buffer[:HELLO_BYTES])
@@ -137,7 +149,8 @@ def _tag(key: bytes, number: int, body: bytes) -> bytes:
     return _mac(key, number.to_bytes(8, "big"), body)
 
 
-def _decode(body: bytes) -> dict[str, Any]:
+def decode(body: bytes) -> dict[str, Any]:
+    """The message in this body, a JSON object; raises Rejected on anything else."""
     try:
         message = json.loads(body)
     except (ValueError, RecursionError) as error:
