@@ -105,8 +105,7 @@ def weights(
     Returns:
         weights float64 [M]; the new guard; facts for the event log: which islands are "broken"
         (not finite), "anomalous", "outlying", how far the mean was "clipped". Weights that sum to
-        0 say that nobody's can be used: the unit goes back to the outer parameters. With "trimmed"
-        they tell only who takes part.
+        0 say that nobody's can be used: the unit goes back to the outer parameters.
     """
     gram = np.asarray(gram, dtype=np.float64)
     # The products of two that are finite are finite: nobody can spoil the row of another.
@@ -130,28 +129,7 @@ def weights(
     return found, guard, facts
 
 
-def average(rule: str, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The contributions [n] as one, float32 [n], under weights of which one at least is not 0."""
-    taking = [(v, float(w)) for v, w in zip(vectors, weights, strict=True) if w]
-    if rule == "trimmed":
-        return trimmed_mean(torch.stack([v for v, _ in taking]), trim(len(taking)))
-    first, weight = taking[0]
-    mean = first * weight
-    for vector, weight in taking[1:]:
-        mean += vector * weight
-    return mean
-
-
 # ---- trimmed mean
-
-
-def trim(count: int) -> int:
-    """How many of `count` values to drop at either end: a quarter, one at least from three on.
-
-    Dropping all but the middle would bear more liars, (count - 1) // 2, but is a median, with half
-    as much noise again as a mean; who fears so many takes the geometric one.
-    """
-    return max(count // 4, 1) if count >= 3 else 0
 
 
 def trimmed_mean(vectors: Tensor, f: int) -> Tensor:
