@@ -23,7 +23,8 @@ and a sender that lost a worker sends the same bytes again from the decoded stat
 """
 
 from abc import ABC, abstractmethod
-from math import gcd
+from collections.abc import Iterator
+from math import gcd, isfinite
 from typing import ClassVar
 
 import numpy as np
@@ -47,7 +48,7 @@ _BFLOAT16 = -1 << 16  # the bits of a float32 that a bfloat16 has, too
 class Codec(ABC):
     """Codes of runs that begin at a grain, in blocks of `block` elements; the last may be shorter.
 
-    Codes are made on the device of the values; decoded values lie in memory.
+    Codes are made on the device of the values.
     """
 
     name: ClassVar[str]
@@ -66,17 +67,14 @@ class Codec(ABC):
         Raises:
             ValueError: there is an infinity or a NaN, which nobody should average.
         """
-        if not values.numel():
-            return b""
-        if not torch.stack(values.aminmax()).isfinite().all():
-            raise ValueError("values that are not finite cannot be encoded")
-        whole = values.numel() // self.block * self.block
-        at_once = max(1, _CACHED // self.block) if values.is_cpu else whole
-        rows = [*values[:whole].view(-1, self.block).split(at_once), values[whole:].view(1, -1)]
-        return b"".join(self._encode(part).cpu().numpy().tobytes() for part in rows if part.numel())
+        at_once = _CACHED if values.is_cpu else values.numel()
+        parts = self._parts(values.numel(), at_once)
+        return b"".join(
+            self._rows(values[part].view(-1, length)).tobytes() for part, length in parts
+        )
 
     def decode(self, codes: bytes | memoryview, count: int) -> Tensor:
-        """The `count` values, float32 [count], that `codes` stand for.
+        """The `count` values, float32 [count] in memory, that `codes` stand for.
 
         Raises:
             ValueError: no encoder makes such codes.
@@ -86,18 +84,30 @@ class Codec(ABC):
                 f"{len(codes)} bytes are not the {self.name} codes of {count} elements, "
                 f"which take {self.size(count)}"
             )
-        values = torch.empty(count)
-        data = np.frombuffer(codes, np.uint8)
-        whole = count // self.block * self.block
-        edge = self.size(whole)
-        if whole:
-            rows = data[:edge].reshape(-1, self._width(self.block))
-            values[:whole].view(-1, self.block).copy_(self._decode(rows, self.block))
-        if whole < count:
-            values[whole:] = self._decode(data[edge:].reshape(1, -1), count - whole)
-        if self.encode(values) != codes:
-            raise ValueError(f"no encoder makes these {self.name} codes")
+        values, data = torch.empty(count), np.frombuffer(codes, np.uint8)
+        for part, length in self._parts(count, _CACHED):
+            rows = data[self.size(part.start) : self.size(part.stop)]
+            rows = rows.reshape(-1, self._width(length))
+            decoded = self._decode(rows, length)
+            if not np.array_equal(self._rows(decoded), rows):
+                raise ValueError(f"no encoder makes these {self.name} codes")
+            values[part].view(-1, length).copy_(decoded)
         return values
+
+    def _parts(self, count: int, at_once: int) -> Iterator[tuple[slice, int]]:
+        """Elements that are coded at once, and the length of their blocks: whole ones, the rest."""
+        whole = count // self.block * self.block
+        stride = max(1, at_once // self.block) * self.block
+        for start in range(0, whole, stride):
+            yield slice(start, min(start + stride, whole)), self.block
+        if whole < count:
+            yield slice(whole, count), count - whole
+
+    def _rows(self, values: Tensor) -> Rows:
+        low, high = values.aminmax()
+        if not (isfinite(low) and isfinite(high)):
+            raise ValueError("values that are not finite have no codes")
+        return self._encode(values).cpu().numpy()
 
     @abstractmethod
     def _width(self, length: int) -> int:
@@ -121,7 +131,7 @@ class Float32(Codec):
         return 4 * length
 
     def _encode(self, rows: Tensor) -> Tensor:
-        return rows.contiguous()
+        return rows.view(torch.uint8)
 
     def _decode(self, rows: Rows, length: int) -> Tensor:
         return torch.from_numpy(rows.copy()).view(torch.float32)
@@ -139,31 +149,27 @@ class E3M0(Codec):
         return 1 + (length + 1) // 2
 
     def _encode(self, rows: Tensor) -> Tensor:
-        # Sign, exponent and the first bit of the mantissa decide all: as int16 they are quick.
+        # The sign, the exponent and the first bit of the mantissa decide; 16 bits hold them.
         bits = (rows.view(torch.int32) >> 22).to(torch.int16)
-        magnitude = bits & 511
-        top = ((magnitude.amax(1, keepdim=True) + 1) >> 1).clamp_(8, 254)
-        above = magnitude.sub_((top - 7) << 1)  # half powers of two above half of the smallest
-        smallest = above == 0
-        codes = above.add_(1).bitwise_right_shift_(1).clamp_(0, 7)
-        codes |= smallest
-        codes += (bits >> 15) & 8 * (codes > 0)
-        if codes.shape[1] % 2:
-            codes = pad(codes, (0, 1))
-        pairs = codes.view(torch.int32)
+        halves = bits & 511  # 2 e is 2^e, 2 e + 1 is 1.5 * 2^e and rounds to the next power
+        top = ((halves.amax(1, keepdim=True) + 1) >> 1).clamp_(8, 254)
+        above = halves.sub_((top << 1) - 15)  # from 1 on: half of the smallest magnitude
+        codes = torch.maximum(above >> 1, above.clamp(max=1)).clamp_(0, 7)
+        codes |= (bits >> 12) & (codes.clamp(max=1) << 3)  # zero has no sign
+        pairs = (pad(codes, (0, 1)) if codes.shape[1] % 2 else codes).view(torch.int32)
         return torch.cat([top.to(torch.uint8), (pairs | pairs >> 12).to(torch.uint8)], 1)
 
     def _decode(self, rows: Rows, length: int) -> Tensor:
         scale = torch.from_numpy(rows[:, :1].astype(np.int32) << 23).view(torch.float32)
-        values = torch.from_numpy(_E3M0_PAIRS[rows[:, 1:]]).flatten(1)
+        values = torch.from_numpy(np.take(_E3M0_PAIRS, rows[:, 1:])).view(torch.float32)
         return values[:, :length].mul_(scale)
 
 
-def _e3m0_pairs() -> NDArray[np.float32]:
-    """[256, 2]: the values of the two codes of each byte, the lower half first."""
+def _e3m0_pairs() -> NDArray[np.int64]:
+    """[256]: the two values of each byte, the lower half first, as the bits of two float32."""
     powers = [0.0, *(2.0**exponent for exponent in range(-6, 1))]
     values = np.array([*powers, *(-power for power in powers)], np.float32)
-    return np.stack(np.meshgrid(values, values), axis=-1).reshape(256, 2)
+    return np.stack(np.meshgrid(values, values), axis=-1).view(np.int64).ravel()
 
 
 _E3M0_PAIRS = _e3m0_pairs()
@@ -206,9 +212,12 @@ class TopK(Codec):
     def _encode(self, rows: Tensor) -> Tensor:
         slots, magnitude = _slots(rows.shape[1]), rows.abs()
         least = magnitude.topk(slots, sorted=False).values.amin(1, keepdim=True)
-        more, tie = magnitude > least, magnitude == least
-        more |= tie & (tie.cumsum(1) <= slots - more.sum(1, keepdim=True))
-        index = more.nonzero()[:, 1].view(-1, slots)
+        chosen = magnitude >= least
+        if chosen.sum() > slots * len(rows):  # of those that are equal the first are taken
+            last = magnitude == least
+            surplus = chosen.sum(1, keepdim=True) - slots
+            chosen &= ~last | (last.cumsum(1) <= last.sum(1, keepdim=True) - surplus)
+        index = chosen.nonzero()[:, 1].view(-1, slots)
         return torch.from_numpy(_pack(index.cpu().numpy(), rows.gather(1, index).cpu().numpy()))
 
     def _decode(self, rows: Rows, length: int) -> Tensor:
