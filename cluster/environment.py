@@ -16,6 +16,7 @@ AGENT_FD = "OUTLAST_AGENT_FD"
 LATCH_FD = "OUTLAST_LATCH_FD"
 JOB_KEY = "OUTLAST_JOB_KEY"
 DRILL = "OUTLAST_DRILL"  # SOCKET_PATH:point,point
+ISLAND, ISLANDS = "OUTLAST_ISLAND", "OUTLAST_ISLANDS"  # for scripts; nothing here reads them
 SWITCHES = "SLURM_TOPOLOGY_ADDR"
 # How many processes an MPI launcher has started: mpirun of Open MPI, Hydra and srun --mpi=pmi2.
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")

@@ -25,6 +25,7 @@ from outlast.launch.ending import Ending, Outcome
 from outlast.launch.event_log import EventLog
 from outlast.launch.eviction import condemn, waiting
 from outlast.launch.interface import choose
+from outlast.launch.island_desk import IslandDesk
 from outlast.launch.link import Message
 from outlast.launch.metrics_log import MetricsLog
 from outlast.launch.outcome_log import OutcomeLog
@@ -61,7 +62,6 @@ class Agent:
         self.progress = Progress(console, config.job, config.log_dir, self.agent)
         self.outcomes = OutcomeLog(directory, config.job, config.requeues, self.node)
         self.crew = Crew(config, self, directory / self.node / self.agent)
-        self.desk = WorkerDesk(self)
         self.view: View | None = None
         self.times = {"detected": 0.0, "agreed": 0.0}
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -73,8 +73,9 @@ class Agent:
         )  # fmt: skip
         self.ending, self.spare = Ending(self), Spare(self)
         self.mesh = Mesh(job, me, self.timing, self._callbacks())
-        self.restarts = 0
-        self.trained = False  # whether the job has committed a step, as far as is known here
+        self.islands = IslandDesk(self, config, key)
+        self.desk = WorkerDesk(self)
+        self.restarts, self.trained = 0, False  # trained: it is known that a step was committed
         self.running: View | None = None  # of an elastic job that we are not in yet
         self._plain = PlainJob(self)
 
@@ -101,6 +102,7 @@ class Agent:
         ticking = None
         try:
             await self.mesh.start()
+            await self.islands.start()
             self.event("started", pid=os.getpid())
             ticking = watched(keep_pinging(self.crew, self.timing, self.mesh.broadcast))
             outcome = await self.outcome
@@ -119,7 +121,7 @@ class Agent:
         if outcome.code in (0, EXIT_FAILED):
             # The end of the job is on its way to the others: it must not be overtaken by our own.
             await asyncio.sleep(self.timing.tick_s)
-        await self.mesh.stop()
+        await asyncio.gather(self.mesh.stop(), self.islands.stop())
         self.crew.memory.close()
         self.event("finished" if outcome.code == 0 and not outcome.rejoin else "stopped",
                    code=outcome.code, cause=outcome.text)  # fmt: skip

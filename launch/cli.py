@@ -34,6 +34,11 @@ OPTIONS: tuple[tuple[str, Any, Any, str, str], ...] = (
     ("nproc-per-node", str, "", "Workers per node: a number, auto, cpu or gpu [default: 1, or one "
      "for each GPU that SLURM gives].", ""),
     ("standalone", None, False, "All nodes on this machine; no endpoint or key needed.", ""),
+    ("islands", int, 1, "Islands of one training: jobs that only exchange what they have learned "
+     "[all on this machine, without --island].", ""),
+    ("island", int, None, "Which of them this is, from 0.", ""),
+    ("island-endpoints", str, "", "Where agents of each island listen, in order: "
+     "HOST:PORT[/HOST:PORT…],HOST:PORT,…", ""),
     ("rdzv-endpoint", str, "", "Where agents meet: HOST:PORT[,HOST:PORT…].", ""),
     ("rdzv-id", str, "none", "Name of the job.", ""),
     ("job-key-file", str, "", "File with the job's secret key, instead of OUTLAST_JOB_KEY.", ""),
@@ -115,6 +120,10 @@ def launch(**options: Any) -> None:
         from outlast.launch.slurm.supervisor import Supervisor
 
         sys.exit(Supervisor(config, found, options).run())
+    if config.islands > 1 and config.island is None:
+        from outlast.launch.islands import run_islands
+
+        sys.exit(run_islands(config, key))
     if config.standalone:
         from outlast.launch.standalone import run_standalone
 
@@ -262,7 +271,7 @@ def config_from_options(
     if not all(text.strip().isdecimal() for text in ranks):
         raise Misuse("--local-ranks-filter: give local ranks such as 0,1")
     _check_script(options)
-    return LaunchConfig(
+    config = LaunchConfig(
         script=options["script"], script_args=tuple(options["script_args"]),
         min_nodes=low, max_nodes=high,
         nproc_per_node=worker_count(options["nproc_per_node"] or str(workers)),
@@ -282,7 +291,22 @@ def config_from_options(
         rebalance=options["rebalance"], poison=options["poison"],
         shutdown_timeout_s=options["shutdown_timeout"],
         requeues=found.requeues if found is not None else restart_of(job),
+        islands=options["islands"],
     )  # fmt: skip
+    return _of_island(config, options)
+
+
+def _of_island(config: LaunchConfig, options: dict[str, Any]) -> LaunchConfig:
+    """The config of the island that the flags name, if they name one."""
+    places = [text.strip() for text in options["island_endpoints"].split(",") if text]
+    if options["island"] is None and not places:
+        if config.islands > 1 and not config.standalone:
+            raise Misuse("islands on several nodes: one `outlast launch` for each, with --island I "
+                         "--island-endpoints HOST:PORT,HOST:PORT,…")  # fmt: skip
+        return config
+    if options["rdzv_id"] == "none":
+        raise Misuse("--island: name the training with --rdzv-id, the same for all islands")
+    return config.of_island(options["island"], places)
 
 
 def job_key(path: str, config: LaunchConfig, found: Surroundings | None = None) -> bytes | None:
@@ -293,13 +317,14 @@ def job_key(path: str, config: LaunchConfig, found: Surroundings | None = None) 
     except OSError as error:
         raise Misuse(f"--job-key-file: {error}") from error
     try:
-        if key is None and found is not None:
+        if key is None and found is not None and config.island is None:
             key = found.key or shared_key(Path(config.log_dir) / "key")
     except OSError as error:
         raise Misuse(f"--log-dir: {error}") from error
-    if key is None and not config.standalone:
+    if key is None and (config.island is not None or not config.standalone):
+        who = "several nodes" if config.island is None else "islands"
         raise Misuse(
-            "several nodes need a secret key, the same on each: export OUTLAST_JOB_KEY="
+            f"{who} need a secret key, the same on each: export OUTLAST_JOB_KEY="
             "$(openssl rand -hex 32), or give --job-key-file"
         )
     if key is not None and len(key) < KEY_BYTES_MIN:

@@ -5,8 +5,8 @@ Invariant: a config that exists is coherent, so that nothing behind it checks a 
 job key is a secret and never part of it.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from outlast.checkpoint.every import Every
@@ -48,6 +48,9 @@ class LaunchConfig:
     checkpoint_every: str = ""
     checkpoint_keep: int = 2
     requeues: int = 0  # how often a scheduler has started the job before
+    islands: int = 1
+    island: int | None = None  # which of them this job is
+    island_endpoints: tuple[str, ...] = ()  # of each: "HOST:PORT", or several with "/" between
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -66,6 +69,12 @@ class LaunchConfig:
             (not (self.module and self.no_python), "use either --module or --no-python, not both"),
             (self.standalone or self.endpoints,
              "several nodes need --rdzv-endpoint HOST:PORT (the same on every node)"),
+            (self.islands >= 1, "--islands must be at least 1"),
+            (self.island is None or 0 <= self.island < self.islands,
+             f"--island must be a number below --islands, here 0 to {self.islands - 1}"),
+            (len(self.island_endpoints) == (0 if self.island is None else self.islands),
+             "--island I and --island-endpoints HOST:PORT,HOST:PORT,… (one for each of --islands) "
+             "go together"),
         )  # fmt: skip
         for holds, complaint in demands:
             if not holds:
@@ -73,8 +82,33 @@ class LaunchConfig:
         Every.parse(self.checkpoint_every)
         for text in self.endpoints:
             host_and_port(text)
+        self.island_addresses()
         for name, text in (("--redirects", self.redirects), ("--tee", self.tee)):
             captured(text, 0, name)
+
+    @property
+    def training(self) -> str:
+        """The name that all islands share: the job's without that of its island."""
+        return self.job.removesuffix(f".island{self.island}")
+
+    def island_addresses(self) -> tuple[tuple[tuple[str, int], ...], ...]:
+        """Where the agents of every island may be found."""
+        return tuple(
+            tuple(host_and_port(text, "--island-endpoints") for text in island.split("/"))
+            for island in self.island_endpoints
+        )
+
+    def of_island(self, island: int, endpoints: Sequence[str]) -> "LaunchConfig":
+        """This config for the job of one island, which has a name and places of its own."""
+
+        def own(text: str, mark: str) -> str:
+            name = f"{mark}island{island}"  # those who join a job are given what it has
+            return text if text.endswith(name) else text.rstrip("/") + name
+
+        return replace(
+            self, island=island, island_endpoints=tuple(endpoints), job=own(self.job, "."),
+            log_dir=own(self.log_dir, "/"), checkpoint_dir=own(self.checkpoint_dir, "/"),
+        )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:
         """A plain dictionary that `from_json` turns back into an equal config."""
@@ -87,12 +121,12 @@ class LaunchConfig:
         return LaunchConfig(**{**fields, **lists})
 
 
-def host_and_port(text: str) -> tuple[str, int]:
+def host_and_port(text: str, flag: str = "--rdzv-endpoint") -> tuple[str, int]:
     """Split "host:port" or "host" (port 29400); IPv6 addresses stand in brackets."""
     host, _, port = text.rpartition(":") if ":" in text.rpartition("]")[2] else (text, "", "")
     number = int(port) if port.isdecimal() else DEFAULT_PORT if not port else 0
     if not host or not 0 < number < 65536:
-        raise Misuse(f"--rdzv-endpoint: {text!r} is not HOST:PORT")
+        raise Misuse(f"{flag}: {text!r} is not HOST:PORT")
     return host.strip("[]"), number
 
 

@@ -13,16 +13,17 @@ FLUSH_S = 2.0
 
 
 class Console:
-    """Writes lines in order, from a thread."""
+    """Writes lines in order, from a thread; `title` stands before what is said of the job."""
 
-    def __init__(self) -> None:
+    def __init__(self, title: str = "") -> None:
+        self._title = title
         self._lines: SimpleQueue[str | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="console", daemon=True)
         self._thread.start()
 
     def line(self, text: str) -> None:
         """Say something about the job."""
-        self._lines.put(f"outlast: {text}\n")
+        self._lines.put(f"outlast: {self._title}{text}\n")
 
     def failure(self, text: str, trace: str) -> None:
         """Say what failed, with the traceback as it is where there is one."""

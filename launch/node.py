@@ -29,7 +29,7 @@ def run_node(config: LaunchConfig, key: bytes) -> int:
     """Be the agent of this node until the job ends; returns the exit code of the process."""
     with contextlib.suppress(PermissionError):  # unprivileged: at normal priority then
         os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)
-    console = Console()
+    console = Console("" if config.island is None else f"[island {config.island}] ")
     try:
         return asyncio.run(_incarnations(config, key, console))
     finally:

@@ -16,6 +16,7 @@ class Progress:
         self._console, self._job, self._log_dir, self._agent = console, job, log_dir, agent
         self.causes: dict[str, str] = {}  # agent -> why it was lost
         self._recovered = 0
+        self._islands: list[int] = []  # that had a share in what was merged last
         self._view: View | None = None
 
     @property
@@ -92,8 +93,26 @@ class Progress:
         elif name == "save_skipped":
             slow = f"that of step {message.get('saving')} takes {message.get('seconds')} s so far"
             say(f"step {step}: no save, {slow} (ranks {message.get('ranks')})")
+        elif name == "outer":
+            self._outer(message)
+        elif name == "island_entered":
+            self.say(f"step {step}: entered with the state of island {message.get('donor')}")
+        elif name == "island_missed":
+            lost, fragment = message.get("island"), message.get("fragment")
+            self.say(f"step {step}: without island {lost}, which did not send fragment {fragment}")
+        elif name == "island_forked":
+            self.say(f"step {step}: others know more of the outer parameters; their state is taken")
         elif name == "rebalanced":
             say(f"leaves are dealt by speed, in rank order {message.get('weights')}")
+
+    def _outer(self, message: Message) -> None:
+        """A fragment was merged: said when other islands than before had a share in it."""
+        islands = message.get("islands")
+        if isinstance(islands, list) and islands != self._islands:
+            self._islands = islands
+            names = ", ".join(map(str, islands))
+            which = f"fragment {message.get('fragment')} of islands {names} is merged"
+            self.say(f"step {message.get('step')}: {which}")
 
     def _changes(self, before: View, view: View) -> str:
         stops = view.stopping and not before.stopping

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,27 +32,50 @@ Process = subprocess.Popen[bytes]
 
 def run_standalone(config: LaunchConfig, key: bytes | None) -> int:
     """Run the whole job here; returns its exit code. Without a key a fresh one is made."""
-    with _reserved(Path(config.log_dir)), _free_port() as port, signals() as wakeup:
-        config = replace(config, endpoints=(f"127.0.0.1:{port}",), local_addr="127.0.0.1")
-        key = key or secrets.token_bytes(32)
+    job = LocalJob(config, key or secrets.token_bytes(32))
+    with reserved(Path(config.log_dir)), signals() as wakeup:
+        try:
+            signalled = watch(job.start(), wakeup, config)
+        finally:
+            job.end()
+    killed = 128 + signalled if signalled else EXIT_KILLED
+    return killed if job.code is None else job.code
+
+
+class LocalJob:
+    """The agents of one job on this machine."""
+
+    def __init__(self, config: LaunchConfig, key: bytes) -> None:
+        self.config, self._key = config, key
         count = config.max_nodes + config.spares
         width = len(str(count - 1))  # members are ordered by name
-        names = [f"{config.node or 'node'}{index:0{width}}" for index in range(count)]
-        for name in names:
+        self._names = [f"{config.node or 'node'}{index:0{width}}" for index in range(count)]
+        for name in self._names:
             rack_of(name, config.racks, alone=True)  # refuses a node that is in none
-        agents: list[Process] = []
-        try:
-            for name in names:
-                agents.append(_start(replace(config, node=name), key))
-                _await_listener(port, agents[0])
-            signalled = _watch(agents, wakeup, config)
-        finally:
-            for agent in agents:
-                agent.kill()  # no effect on those that have ended
-                agent.wait()
-    codes = [agent.returncode for agent in agents]
-    ended = [code for code in codes if code >= 0]  # 0 is agreed among all that are left
-    return min(ended, default=128 + signalled if signalled else EXIT_KILLED)
+        self.agents: list[Process] = []
+
+    @property
+    def code(self) -> int | None:
+        """Exit code of the job once all agents have ended; None if all of them were killed."""
+        ended = [agent.returncode for agent in self.agents if agent.returncode >= 0]
+        return min(ended, default=None)  # 0 is agreed among all that are left
+
+    def start(self) -> list[Process]:
+        """Start one agent for each node, which meet at a port of their own; returns them."""
+        port = free_port()
+        config = replace(self.config, endpoints=(f"127.0.0.1:{port}",), local_addr="127.0.0.1")
+        self.agents = []
+        for name in self._names:
+            if self.agents:
+                _await_listener(port, self.agents[0])
+            self.agents.append(_start(replace(config, node=name), self._key))
+        return self.agents
+
+    def end(self) -> None:
+        """Leave no agent behind."""
+        for agent in self.agents:
+            agent.kill()  # no effect on those that have ended
+            agent.wait()
 
 
 def _start(config: LaunchConfig, key: bytes) -> Process:
@@ -81,18 +104,29 @@ def _await_listener(port: int, agent: Process) -> None:
         time.sleep(POLL_S)
 
 
-def _watch(agents: list[Process], wakeup: socket.socket, config: LaunchConfig) -> int:
-    """Wait for all agents, handing signals on to them; the first signal's number, or 0."""
+def watch(
+    agents: Sequence[Process],
+    wakeup: socket.socket,
+    config: LaunchConfig,
+    ended: Callable[[Process, int], Sequence[Process]] = lambda agent, signalled: (),
+) -> int:
+    """Wait for all agents, handing signals on to them; the first signal's number, or 0.
+
+    Args:
+        ended: called when an agent has ended, with the number of the first signal or 0; returns
+            agents that were started in its place.
+    """
     timing = Timing(heartbeat_s=config.heartbeat_s)
     grace_s = timing.grace_s if config.shutdown_timeout_s is None else config.shutdown_timeout_s
-    signalled, running = 0, 0
+    signalled, running = 0, dict.fromkeys(agents)
     with selectors.DefaultSelector() as selector:
+
+        def follow(agent: Process) -> None:
+            selector.register(os.pidfd_open(agent.pid), selectors.EVENT_READ, agent)
+
         selector.register(wakeup, selectors.EVENT_READ)
         for agent in agents:
-            if agent.poll() is not None:
-                continue
-            selector.register(os.pidfd_open(agent.pid), selectors.EVENT_READ, agent)
-            running += 1
+            follow(agent)
         while running:
             ready = selector.select(grace_s + timing.no_quorum_s if signalled else None)
             if signalled and not ready:
@@ -102,11 +136,14 @@ def _watch(agents: list[Process], wakeup: socket.socket, config: LaunchConfig) -
                     found.data.wait()
                     selector.unregister(found.fileobj)
                     os.close(found.fd)
-                    running -= 1
+                    del running[found.data]
+                    for agent in ended(found.data, signalled):
+                        running[agent] = None
+                        follow(agent)
                     continue
                 for number in wakeup.recv(64):
                     signalled = signalled or number
-                    for agent in agents:
+                    for agent in running:
                         if agent.poll() is None:
                             agent.send_signal(number)
                             agent.send_signal(signal.SIGCONT)
@@ -131,7 +168,7 @@ def signals() -> Iterator[socket.socket]:
 
 
 @contextmanager
-def _reserved(directory: Path) -> Iterator[None]:
+def reserved(directory: Path) -> Iterator[None]:
     """Hold the log directory: two jobs must not write the same metrics."""
     file = os.open(directory / ".lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -145,8 +182,7 @@ def _reserved(directory: Path) -> Iterator[None]:
         os.close(file)
 
 
-@contextmanager
-def _free_port() -> Iterator[int]:
+def free_port() -> int:
     """A port for the agents to meet at, below the ephemeral ones so that no connection takes it."""
     for _ in range(100):
         port = 10000 + secrets.randbelow(10000)
@@ -155,6 +191,5 @@ def _free_port() -> Iterator[int]:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-        yield port
-        return
+        return port
     raise Misuse("no free port between 10000 and 20000 on 127.0.0.1")

@@ -10,6 +10,7 @@ port.
 import hashlib
 from collections.abc import Mapping
 
+from outlast.cluster.environment import ISLAND, ISLANDS
 from outlast.cluster.view import Member, View
 from outlast.launch.config import LaunchConfig
 
@@ -75,5 +76,7 @@ def torch_environment(
         "TORCHELASTIC_RUN_ID": config.job,
         "TORCHELASTIC_USE_AGENT_STORE": False,
     }
+    if config.island is not None:
+        values |= {ISLAND: config.island, ISLANDS: config.islands}
     fresh = {name: value for name, value in defaults.items() if name not in inherited}
     return fresh | {name: str(value) for name, value in values.items()}

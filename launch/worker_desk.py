@@ -31,6 +31,7 @@ class WorkerDesk:
             "memories": self._memories, "release": self._release, "store": self._store,
             "pong": self._pong, "log": self._log, "event": self._event, "error": self._error,
             "finished": self._finished, "stopped": self._finished,
+            "follow": agent.islands.follow, "islands": agent.islands.said,
             "condemn": lambda _, message: condemn(agent, message, agent.mesh.broadcast),
         }  # fmt: skip
 
@@ -71,6 +72,7 @@ class WorkerDesk:
             "checkpoint_every": agent.config.checkpoint_every,
             "checkpoint_keep": agent.config.checkpoint_keep,
             "restarts": agent.crew.slots[worker.local_rank].spawns - 1,
+            **agent.islands.welcome(),
         })  # fmt: skip
         agent.describe()
 

@@ -19,7 +19,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -52,6 +52,10 @@ class Identity:
     checkpoint_dir: str = ""  # where the state goes when the job is asked to stop, and
     checkpoint_every: str = ""  # how often before, see `checkpoint.every`
     checkpoint_keep: int = 2  # how many steps stay there
+    island: int | None = None  # which of them this job is
+    islands: int = 1
+    island_host: str = "127.0.0.1"  # where ranks of other islands reach this one
+    island_key: bytes = b""  # of the exchange between islands
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,10 @@ class Generation:
             graveyard.bury(self.side.result())
 
 
+Heard = Callable[[int, dict[str, Any]], None]
+Reached = Callable[[list[int], int], None]
+
+
 class Link(Protocol):
     """What the runtime needs of its surroundings."""
 
@@ -115,6 +123,7 @@ class Link(Protocol):
     def allocate(self, size: int) -> int: ...
     def memories(self) -> dict[int, int]: ...
     def send(self, **message: object) -> None: ...
+    def follow_islands(self, heard: Heard, reached: Reached) -> None: ...
     def superseded(self, generation: int) -> bool: ...
     def next_generation(self, newer_than: int, deadline_s: float) -> Generation: ...
     def close(self) -> None: ...
@@ -133,6 +142,7 @@ class AgentLink:
         self._complete = False
         self._current: Generation | None = None
         self._graveyard = Graveyard()
+        self._followed: tuple[Heard, Reached] | None = None
         self._device, self._protected, self._saves = torch.device("cpu"), False, False
         self._prepared = threading.Event()  # before, nobody knows which groups are needed
         self.pulse = Pulse()
@@ -173,6 +183,18 @@ class AgentLink:
         with contextlib.suppress(OSError):
             self._socket.send(json.dumps(message).encode())
 
+    def follow_islands(self, heard: Heard, reached: Reached) -> None:
+        """From now on hear what ranks of other islands say with `send(kind="islands", message={})`
+        (JSON, in all less than 128 KiB), and which islands are in reach.
+
+        Args:
+            heard: called with an island and a message. What was said before is said again.
+            reached: called with the other islands in reach and a count that grows; whenever it is,
+                all that this rank has to say has to be said again. Both run on the link's thread.
+        """
+        self._followed = heard, reached
+        self.send(kind="follow")
+
     def superseded(self, generation: int) -> bool:
         """Whether a newer view than `generation` has arrived."""
         return self._view is not None and self._view.generation > generation
@@ -201,18 +223,12 @@ class AgentLink:
             began = time.time()
             while not self._state.wait_for(lambda: found() or self._complete, deadline_s):
                 late = time.time() - max(began, self._received) >= deadline_s
-                if late and not self._left_out:
+                if late and not _left_out(self._view, self.identity.holder):
                     raise PeerLost(f"no generation after {newer_than} within {deadline_s:.0f} s")
             if not found():
                 raise JobComplete("the job is complete: other ranks have finished and left")
             assert self._current is not None
             return self._current
-
-    @property
-    def _left_out(self) -> bool:
-        workers = self._view.workers if self._view is not None else ()
-        inside = any(worker.holder == self.identity.holder for _, worker in workers)
-        return self._view is not None and not inside
 
     def close(self) -> None:
         """Leave: the work is done."""
@@ -248,6 +264,11 @@ class AgentLink:
                 with self._state:
                     self._complete = True
                     self._state.notify_all()
+            elif kind in ("islands", "reach") and self._followed is not None:
+                if kind == "islands":
+                    self._followed[0](message["island"], message["message"])
+                else:
+                    self._followed[1](message["islands"], message["count"])
             elif kind == "view":
                 self._install(View.from_json(message["view"]))
             else:
@@ -346,11 +367,17 @@ class AgentLink:
         return communicator
 
 
+def _left_out(view: View | None, holder: int) -> bool:
+    return view is not None and all(worker.holder != holder for _, worker in view.workers)
+
+
 def _identity(welcome: dict[str, Any]) -> Identity:
     names = ("holder", "node", "job", "host", "rebalance", "evict_poison",
-             "checkpoint_dir", "checkpoint_every", "checkpoint_keep")  # fmt: skip
-    timing = Timing(heartbeat_s=welcome["heartbeat_s"])
-    return Identity(timing=timing, **{name: welcome[name] for name in names})
+             "checkpoint_dir", "checkpoint_every", "checkpoint_keep",
+             *(("island", "islands", "island_host") if "island" in welcome else ()))  # fmt: skip
+    timing, key = Timing(heartbeat_s=welcome["heartbeat_s"]), welcome.get("island_key", "")
+    fields = {name: welcome[name] for name in names}
+    return Identity(timing=timing, island_key=bytes.fromhex(key), **fields)
 
 
 # How long a peer may take from its start to `prepare()`. If it dies meanwhile, a new view says so.
@@ -386,6 +413,9 @@ class SoloLink:
 
     def send(self, **message: object) -> None:
         """Nobody listens."""
+
+    def follow_islands(self, heard: Heard, reached: Reached) -> None:
+        """There are no others."""
 
     def superseded(self, generation: int) -> bool:
         """Nothing ever changes."""

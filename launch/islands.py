@@ -1,0 +1,83 @@
+"""Several islands on one machine: each a job with agents, logs and checkpoints of its own.
+
+The launcher starts, watches and ends; what islands exchange is their own matter. An island all of
+whose agents were killed was lost, and is started again: it comes back from its checkpoint or takes
+the state of the others. One that failed by itself stays away, and the others go on without it.
+"""
+
+import secrets
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from outlast.launch.config import LaunchConfig
+from outlast.launch.console import Console
+from outlast.launch.standalone import (
+    EXIT_KILLED,
+    LocalJob,
+    Process,
+    free_port,
+    reserved,
+    signals,
+    watch,
+)
+
+# Whatever kills an island in so many starts in a row that come to no new step will kill the next.
+LOSSES_MAX = 16
+EXIT_CUT_OFF = 75  # of an agent, see there: so many others were killed that it gave up
+
+
+class LocalIsland(LocalJob):
+    """One island on this machine."""
+
+    def __init__(self, config: LaunchConfig, key: bytes) -> None:
+        super().__init__(config, key)
+        self._progress, self._losses = 0, 0
+
+    def revive(self, console: Console) -> Sequence[Process]:
+        """Its agents, started again if it was lost and can be saved."""
+        if self.code not in (None, EXIT_CUT_OFF):
+            return ()
+        metrics = Path(self.config.log_dir) / "metrics.jsonl"
+        progress = metrics.stat().st_size if metrics.exists() else 0
+        self._losses = 1 if progress > self._progress else self._losses + 1
+        self._progress = progress
+        name = f"island {self.config.island}"
+        if self._losses > LOSSES_MAX:
+            console.line(f"{name} was lost {self._losses} times without a new step: it stays away")
+            return ()
+        console.line(f"{name} was lost; it is started again")
+        return self.start()
+
+
+def run_islands(config: LaunchConfig, key: bytes | None) -> int:
+    """Run all islands here; returns 0 if all have finished, else the exit code of one that has
+    not. Without a key a fresh one is made."""
+    key, ports = key or secrets.token_bytes(32), set[int]()
+    while len(ports) < config.islands:
+        ports.add(free_port())
+    endpoints = [f"127.0.0.1:{port}" for port in sorted(ports)]
+    islands = [LocalIsland(config.of_island(i, endpoints), key) for i in range(config.islands)]
+    console = Console()
+
+    def ended(agent: Process, signalled: int) -> Sequence[Process]:
+        island = next(island for island in islands if agent in island.agents)
+        over = all(agent.poll() is not None for agent in island.agents)
+        return island.revive(console) if over and not signalled else ()
+
+    with ExitStack() as stack:
+        for island in islands:
+            directory = Path(island.config.log_dir)
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(reserved(directory))
+        wakeup = stack.enter_context(signals())
+        try:
+            agents = [agent for island in islands for agent in island.start()]
+            signalled = watch(agents, wakeup, config, ended)
+        finally:
+            for island in islands:
+                island.end()
+            console.close()
+    killed = 128 + signalled if signalled else EXIT_KILLED
+    codes = [killed if island.code is None else island.code for island in islands]
+    return min((code for code in codes if code), default=0)
