@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from outlast.runtime.islands.settings import Islands
     from outlast.runtime.run import Run, init
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__", "init"]
+__all__ = ["Islands", "Run", "__version__", "init"]
 
 
 def __getattr__(name: str) -> object:
@@ -15,4 +16,8 @@ def __getattr__(name: str) -> object:
         from outlast.runtime import run
 
         return getattr(run, name)
+    if name == "Islands":
+        from outlast.runtime.islands.settings import Islands
+
+        return Islands
     raise AttributeError(f"module 'outlast' has no attribute {name!r}")

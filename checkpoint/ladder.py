@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import zip_longest
+from typing import Any
 
 from outlast.checkpoint.average import Averager, Fill, extended, merged, superseded
 from outlast.checkpoint.decode import Decode, decodes
@@ -79,6 +80,7 @@ class Recovery:
     fills: tuple[Fill, ...] = ()
     norms: tuple[float, ...] = ()
     lineage: Lineage = ()
+    outer: dict[str, Any] = field(default_factory=dict)
     stored: bool = False
 
     def rungs(self, shape: StateShape) -> dict[str, int]:
@@ -234,6 +236,7 @@ class _Attempt:
             fills=fills,
             norms=self._norms,
             lineage=lineage,
+            outer=slots[0].outer,
         )
 
     def _whole_parity(self) -> tuple[int, int] | None:

@@ -4,7 +4,7 @@ These records travel through shared memory and between ranks as JSON, so everyth
 number, a string, or a list of them; runs are written as pairs [start, stop)."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from outlast.layout.run import Run
@@ -115,6 +115,7 @@ class SlotRecord:
     losses: list[float]  # loss of each leaf of the step
     norms: tuple[float, ...] = ()  # gradient norm of each unit before clipping, where averaging
     lineage: Lineage = ()
+    outer: dict[str, Any] = field(default_factory=dict)  # of an island, see `runtime.islands.facts`
 
     def as_json(self) -> dict[str, Any]:
         runs = {"owned": pack_runs(self.owned), "held": pack_runs(self.held)}
@@ -195,6 +196,7 @@ class SlotSource:
     losses: tuple[float, ...]
     norms: tuple[float, ...] = ()
     lineage: Lineage = ()
+    outer: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,9 @@ from outlast.cluster.errors import GenerationChanged, Misuse, PeerLost, StateLos
 from outlast.cluster.failpoint import reach
 from outlast.layout.run import Run, numel
 from outlast.runtime.determinism import numerics
+from outlast.runtime.islands.entry import Entry
+from outlast.runtime.islands.outer import Outer
+from outlast.runtime.islands.outer_optimizer import OUTER_PARAM
 from outlast.runtime.leaf_tree import Node, covered
 from outlast.runtime.link import Generation
 from outlast.runtime.optimizer import Cohort
@@ -62,6 +65,17 @@ def join(training: Training, fingerprint: str) -> None:
             return
 
 
+def enter_anew(training: Training, fingerprint: str) -> None:
+    """Take the state of another island, in the present generation.
+
+    Raises:
+        GenerationChanged, PeerLost: a rank was lost meanwhile; it is taken in the next generation.
+    """
+    training.link.pulse.inside()
+    _Entry(training, training.membership.generation, fingerprint).run()
+    training.link.pulse.outside()
+
+
 class _Entry:
     """One attempt to enter one generation."""
 
@@ -95,6 +109,8 @@ class _Entry:
             decision, half = self._load(decision, stored)
         else:
             half = self._move(decision, survey)
+        if training.outer is not None and (decision.fresh or stored or training.outer.astray):
+            decision, half = self._take_part(training.outer, decision, half)
         self._mark("move")
         redone = max(0, training.committed - decision.step)
         self._reach("resume")
@@ -133,10 +149,32 @@ class _Entry:
         except StateLost:
             if self.generation.unread_memories:
                 raise
-            if names := durable.names(self.communicator):
-                return ladder.anew(reports), names
+            names = durable.names(self.communicator)
+            if names or self.training.outer is not None:
+                return self._anew(ladder.anew(reports)), names
             raise
         return decision, durable.names(self.communicator) if decision.fresh else ()
+
+    def _anew(self, decision: Recovery) -> Recovery:
+        """No memory has the state: an island can only take that of another one."""
+        if self.training.outer is not None:
+            self.training.outer.astray = True
+        return decision
+
+    def _take_part(self, outer: Outer, decision: Recovery, half: int) -> tuple[Recovery, int]:
+        """Begin with the other islands, or take the state of one; what the state is now."""
+        training = self.training
+        owned = decision.layout.runs(training.link.identity.holder)
+        entry = Entry(training, outer, self.generation, owned, decision.step, decision.outer)
+        record = entry.run(1 - half)
+        outer.astray = False
+        if record is None:
+            return decision, half
+        training.gathered = -1
+        return replace(
+            decision, step=record.step, fresh=False, losses=tuple(record.losses), parity=None,
+            scalars=record.scalars, norms=(), lineage=(), outer=record.outer, stored=True,
+        ), 1 - half  # fmt: skip
 
     def _load(self, decision: Recovery, names: Sequence[str]) -> tuple[Recovery, int]:
         """A step from storage, dealt anew; returns what it is, and the half that holds it."""
@@ -146,10 +184,14 @@ class _Entry:
         found = training.durable.load(self.communicator, names, owned)
         decision = replace(
             decision, step=found.step, fresh=False, losses=tuple(found.losses),
-            scalars=found.scalars, norms=found.norms, lineage=found.lineage, stored=True,
+            scalars=found.scalars, norms=found.norms, lineage=found.lineage, outer=found.outer,
+            stored=True,
         )  # fmt: skip
         training.gathered = -1
-        record = replace(self._empty_record(decision), norms=found.norms, lineage=found.lineage)
+        record = replace(
+            self._empty_record(decision), norms=found.norms, lineage=found.lineage,
+            outer=found.outer,
+        )  # fmt: skip
         training.state.publish(0, record, owned, owned, self.generation.view.generation)
         return decision, 0
 
@@ -222,7 +264,8 @@ class _Entry:
         transfer = Transfer(self.communicator, survey, self.memory.shape)
         received = transfer.run(decision, training.state, half)
         record = mine.record if mine else self._empty_record(decision)
-        record = replace(record, norms=decision.norms, lineage=decision.lineage)
+        told = {"norms": decision.norms, "lineage": decision.lineage, "outer": decision.outer}
+        record = replace(record, **told)
         training.state.publish(half, record, received, owned, generation)
         return half
 
@@ -238,6 +281,8 @@ class _Entry:
         for run in owned:
             home = state.host(0, training.primary, run)
             home.copy_(training.model.param[run.start : run.stop])
+            if training.outer is not None:
+                state.host(0, OUTER_PARAM, run).copy_(home)
         sums = self.memory.sums(0, owned)
         self.memory.commit(0, SlotRecord(0, generation, owned, owned, sums, {}, []))
         return 0
@@ -269,6 +314,8 @@ class _Entry:
         training.stack.keep(kept.get(self.rank, ()))
         training.deal_leaves(kept)
         training.membership.redundancy.keep = decision.parity
+        if training.outer is not None:
+            training.outer.enter(self.generation, decision.outer)
         self._reach("reprotect")
         training.protect()
         return sum(len(covered(nodes)) for nodes in kept.values())

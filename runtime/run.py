@@ -17,11 +17,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,9 @@ from outlast.runtime import recovery
 from outlast.runtime.allocator import keep_pages
 from outlast.runtime.determinism import pin, seed_all
 from outlast.runtime.flat_model import FlatModel
+from outlast.runtime.islands.outer import Astray, Outer
+from outlast.runtime.islands.outer_optimizer import OUTER_PARAM, outer_roles
+from outlast.runtime.islands.settings import Islands
 from outlast.runtime.link import AgentLink, Link, SoloLink
 from outlast.runtime.optimizer import (
     CohortOptimizer,
@@ -50,11 +54,19 @@ from outlast.runtime.samples import leaf_seed, samples
 from outlast.runtime.shard_state import role_of, shard_state
 from outlast.runtime.training import Safety, Settings, Training
 
+T = TypeVar("T")
+
 _INTERRUPTED = (GenerationChanged, PeerLost)
 
 
 def init(
-    *, seed: int = 0, leaves: int = 8, grain: int = 4096, weight: float = 1.0, threads: int = 1
+    *,
+    seed: int = 0,
+    leaves: int = 8,
+    grain: int = 4096,
+    weight: float = 1.0,
+    threads: int = 1,
+    islands: Islands | None = None,
 ) -> "Run":
     """Join the job that `outlast launch` started this process for; alone, be a job of one.
 
@@ -64,8 +76,10 @@ def init(
         grain: elements; shards are cut at multiples of it, whatever the number of ranks.
         weight: relative speed of this rank; a rank of weight 2 gets twice the leaves of one of 1.
         threads: of torch on this rank; a part of the result, so the same on every rank.
+        islands: how this job exchanges what it learns with those beside it, see docs/islands.md;
+            the default of a job that `outlast launch --islands` started is `Islands()`.
     """
-    settings = Settings(seed=seed, leaves=leaves, grain=grain, weight=weight)
+    settings = Settings(seed=seed, leaves=leaves, grain=grain, weight=weight, islands=islands)
     if threads < 1:
         raise Misuse(f"threads={threads}: use 1 or more")
     found = environment()
@@ -77,6 +91,8 @@ def init(
     link: Link = SoloLink() if found.agent_fd is None else AgentLink(found.agent_fd, found.latch_fd)
     sys.excepthook = partial(_tell_cause, link, sys.excepthook)
     failpoint.arm(found.drill, node=link.identity.node, holder=link.identity.holder)
+    if link.identity.island is not None and islands is None:
+        settings = replace(settings, islands=Islands())
     return Run(link, settings)
 
 
@@ -172,7 +188,8 @@ class Run:
         settings = replace(self._settings, zero=zero, clip=clip, **safety)
         flat = FlatModel(model, dtype)
         kept = discover(optimizer, flat.device)
-        shape, safe = _shape(flat, kept), settings.protection(flat.space)
+        outer = outer_roles(settings.islands) if settings.islands is not None else ()
+        shape, safe = _shape(flat, kept, outer), settings.protection(flat.space)
         descriptor = self._link.allocate(memory_bytes(shape))
         memory = StateMemory(descriptor, shape)
         os.close(descriptor)
@@ -187,6 +204,8 @@ class Run:
             shard_state(memory, flat.space, flat.device),
         )
         self._fingerprint = flat.fingerprint()
+        if settings.islands is not None:
+            self._training.outer = Outer(self._training, settings.islands, self._fingerprint)
         self._link.ready(flat.device, zero > 0 and bool(safe.m or safe.edges), zero > 0)
         try:
             recovery.join(self._training, self._fingerprint)
@@ -222,6 +241,8 @@ class Run:
                 if failpoint.drilled():
                     self._tell_digest()
                 training.durable.end(training.membership.generation.communicator)
+                if training.outer is not None:
+                    training.outer.finish()
             except _INTERRUPTED:
                 try:
                     self.recover()
@@ -240,6 +261,13 @@ class Run:
             if self.training.committed < self._due:
                 self._leave()  # else the script has still to log the step
 
+    def enter_anew(self) -> None:
+        """Take the state of another island; the runtime calls this by itself."""
+        try:
+            recovery.enter_anew(self.training, self._fingerprint)
+        except _INTERRUPTED:
+            self.recover()
+
     def _leave(self) -> None:
         """The state is on storage: nothing is left to do."""
         self.close()
@@ -254,13 +282,17 @@ class Run:
         values = {name: float(value) for name, value in metrics.items()}
         self._link.send(kind="log", step=step, metrics=values)
 
-    def digest(self) -> str:
-        """sha256 over the parameters and the optimizer state, equal on all ranks; a collective."""
+    def digest(self, *roles: str) -> str:
+        """sha256 over the parameters and the optimizer state, or over some roles of the state;
+        equal on all ranks; a collective."""
+        return self._collective(lambda: self._digest(*roles))
+
+    def _collective(self, work: Callable[[], T]) -> T:
         while True:
             if self._stopped:
                 self._leave()
             try:
-                return self._digest()
+                return work()
             except _INTERRUPTED:
                 try:
                     self.recover()
@@ -268,15 +300,41 @@ class Run:
                     self.close()
                     raise SystemExit(0) from complete  # the others have said it and left
 
-    def _digest(self) -> str:
+    @contextmanager
+    def outer(self) -> Iterator[None]:
+        """Inside, the model has the outer parameters, which all islands share, and not those that
+        this island is training: to evaluate, or to export; a collective.
+
+        Raises:
+            Misuse: this job is no island.
+        """
+        training = self.training
+        if training.outer is None:
+            raise Misuse("run.outer() is for islands: give outlast.init(islands=Islands(...))")
+        whole = torch.empty_like(training.model.param)
+
+        def take(values: Tensor) -> None:
+            whole.copy_(values)
+
+        self._collective(lambda: training.whole_role(OUTER_PARAM, take))
+        mine = training.model.param.clone()  # a loss meanwhile may have changed it
+        training.model.param.copy_(whole)
+        try:
+            yield
+        finally:
+            training.model.param.copy_(mine)
+
+    def _digest(self, *roles: str) -> str:
         digest = hashlib.sha256()
 
         def use(values: Tensor) -> None:
             digest.update(values.contiguous().view(torch.uint8).cpu().numpy().data)
 
         for role in self.training.state.roles:
-            self.training.whole_role(role.name, use)
-        use(self.training.model.param)
+            if not roles or role.name in roles:
+                self.training.whole_role(role.name, use)
+        if not roles:
+            use(self.training.model.param)
         return digest.hexdigest()
 
     def _tell_digest(self) -> None:
@@ -289,13 +347,16 @@ class Run:
 
     def close(self) -> None:
         """Say that this rank is done; the process may end afterwards."""
+        if self._training is not None and self._training.outer is not None:
+            self._training.outer.close()
         self._link.close()
 
 
-def _shape(flat: FlatModel, kept: OptimizerState) -> StateShape:
+def _shape(flat: FlatModel, kept: OptimizerState, outer: Sequence[str]) -> StateShape:
     """The parameters, or their fp32 master, come first."""
     primary = "param" if flat.dtype == torch.float32 else "master"
     roles = [role_of(primary, torch.float32), *(role_of(k, d) for k, d in kept.roles.items())]
+    roles += [role_of(name, torch.float32) for name in outer]
     ordered = sorted(roles, key=lambda role: -role.itemsize)  # streams stay aligned
     ordered.sort(key=lambda role: role.name != primary)
     return StateShape(flat.space.fingerprint(), flat.space.numel, tuple(ordered))
@@ -358,6 +419,8 @@ class Step:
                 training.commit()
             except _INTERRUPTED:
                 run.recover()
+            except Astray:
+                run.enter_anew()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of this leaf's mean loss; may be called for several terms."""
@@ -366,13 +429,16 @@ class Step:
     def _batch(
         self, data: Any, leaf: int, batch_size: int, collate: Callable[[list[Any]], Any]
     ) -> Callable[[], Any]:
-        settings, step = self._run.training.settings, self._run.training.committed
+        training = self._run.training
+        seed, step, outer = training.settings.seed, training.committed, training.outer
+        leaves = training.settings.leaves * (outer.islands if outer else 1)
+        leaf = outer.leaf(leaf) if outer else leaf
 
         def make() -> Any:
-            seed_all(leaf_seed(settings.seed, step, leaf))
+            seed_all(leaf_seed(seed, step, leaf))
             if not hasattr(data, "__getitem__"):
                 return data(step, leaf)
-            chosen = samples(settings.seed, step, leaf, settings.leaves, batch_size, len(data))
+            chosen = samples(seed, step, leaf, leaves, batch_size, len(data))
             return collate([data[index] for index in chosen])
 
         return make

@@ -36,6 +36,7 @@ def contents_of(training: "Training", record: SlotRecord) -> Contents:
         "losses": list(record.losses),
         "norms": list(record.norms),
         "lineage": [one.as_json() for one in lineage],
+        "outer": record.outer,
         "learning_rate": training.optimizer.base_rate,
         "clip": settings.clip,
         "numerics": numerics(),
@@ -118,9 +119,10 @@ def record_of(contents: Contents, where: object) -> SlotRecord:
         losses = [float(loss) for loss in run.get("losses", ())]
         norms = tuple(float(norm) for norm in run.get("norms", ()))
         scalars = {str(name): float(value) for name, value in scalars.items()}
+        outer = dict(run.get("outer", {}))
     except (ValueError, TypeError, KeyError, AttributeError) as cause:
         raise Corrupt(f"{where} at byte 0: no facts of a run: {cause}") from cause
-    return SlotRecord(contents.step, 0, (), (), {}, scalars, losses, norms, lineage)
+    return SlotRecord(contents.step, 0, (), (), {}, scalars, losses, norms, lineage, outer)
 
 
 def _some(items: Sequence[str]) -> str:

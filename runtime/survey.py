@@ -44,6 +44,7 @@ class Slot:
             losses=tuple(record.losses),
             norms=record.norms,
             lineage=record.lineage,
+            outer=record.outer,
         )
 
     def read(self, role: str, run: Run) -> Tensor:

@@ -41,6 +41,8 @@ from outlast.runtime.fold import (
     unit_runs,
     unit_squares,
 )
+from outlast.runtime.islands.outer import Outer
+from outlast.runtime.islands.settings import Islands
 from outlast.runtime.jury import Jury
 from outlast.runtime.leaf_gradient import LeafGradient
 from outlast.runtime.leaf_stack import LeafStack
@@ -78,6 +80,7 @@ class Settings:
         spot_check: every how many steps one leaf is computed by two ranks, 0 for never.
         average: weights by which a block that nothing else gives back is made from its neighbours,
             "squared" or "plain" gradient norms; None refuses.
+        islands: what is exchanged with other islands, None for a job that is none.
     """
 
     seed: int = 0
@@ -90,6 +93,7 @@ class Settings:
     weight: float = 1.0
     spot_check: int = 0
     average: str | None = None
+    islands: Islands | None = None
 
     def protection(self, space: Space) -> Protection:
         """What every step is protected with: parity, and copies of what could not be averaged."""
@@ -116,6 +120,11 @@ class Settings:
             raise Misuse(f"average={self.average!r}: use one of {', '.join(WEIGHTS)}, or None")
         if self.spot_check < 0:
             raise Misuse(f"spot_check={self.spot_check}: use a number of steps, or 0 for never")
+        if self.islands is not None and (self.zero == 0 or self.average is not None):
+            raise Misuse(
+                f"zero={self.zero}, average={self.average!r}: islands need zero=1 or 2, which say "
+                "who sends what, and no averaging: a lost island takes the state of another"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +177,8 @@ class Training:
         self.todo, self.nodes = list[int](), list[tuple[Node, ...]]()
         self.untrained = Untrained(model.module)
         self.durable = Durable(self)
+        self.outer: Outer | None = None
+        self.recorded = SlotRecord(0, 0, (), (), {}, {}, [])  # facts of the newest step
         self.now: Membership | None = None
         self.restored = 0  # step that this generation started from
 
@@ -257,7 +268,7 @@ class Training:
             )
             spread(communicator, now.plan, gradient, whole)
             gradient = whole
-        self._update(gradient, index, losses, unit_norms(heads, len(self.model.space.units)))
+        self._update(gradient, index, losses, heads)
         self.gather()
         self.committed = index + 1
         self.losses = tuple(losses)
@@ -270,6 +281,8 @@ class Training:
             self.stack.release()
         self._clean_up(now)
         self.protect(self.durable.heed(heads, self.committed))
+        if self.outer is not None:
+            self.outer.committed(self.recorded, heads)
         _follow_pace(self, heads)
         self.link.pulse.outside()
 
@@ -299,6 +312,8 @@ class Training:
             "seconds": self.leaf.seconds,
             **self.durable.say(self.committed + 1),
         }
+        if self.outer is not None:
+            head["outer"] = self.outer.say(self.committed + 1)
         if self.ladder.average is not None:
             sizes = self.settings.grain, self.model.space
             head["squares"] = unit_squares(squares, now.reduced, *sizes)
@@ -314,11 +329,12 @@ class Training:
         return heads, norm(grains)
 
     def _update(
-        self, gradient: Tensor, index: int, losses: list[float], norms: tuple[float, ...]
+        self, gradient: Tensor, index: int, losses: list[float], heads: list[dict[str, Any]]
     ) -> None:
         runs, rate = self.state.runs, self.schedule.rate(index)
         grads = list(torch.split(gradient, [run.length for run in runs]))
         scalars: list[dict[str, float]] = []
+        outer: dict[str, Any] = {}
 
         def change(live: dict[str, list[Tensor]]) -> None:
             moments = [
@@ -326,13 +342,17 @@ class Training:
                 for i in range(len(runs))
             ]
             scalars.extend(self.optimizer.step(live[self.primary], moments, grads, rate))
+            if self.outer is not None:
+                outer.update(self.outer.advance(live, index + 1, heads))
 
         self.state.update(change)
         reach("commit", step=index)
         self.lineage = remembered(self.lineage, scalars[1:])
-        facts = scalars[0], losses, norms, self.lineage
+        norms = unit_norms(heads, len(self.model.space.units))
+        facts = scalars[0], losses, norms, self.lineage, outer
         generation = self.membership.generation.view.generation
-        self.state.commit(SlotRecord(index + 1, generation, (), (), {}, *facts))
+        self.recorded = SlotRecord(index + 1, generation, (), (), {}, *facts)
+        self.state.commit(self.recorded)
 
     def gather(self) -> None:
         """Fill the working parameters from their owners; afterwards the newest step is done."""

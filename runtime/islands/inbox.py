@@ -126,12 +126,13 @@ class Inbox:
         with self.changed:
             return max(self._rounds.get((fragment, island), ()), default=-1)
 
-    def clear(self, island: int) -> None:
-        """Forget the contributions of an island that goes on from another state: it may be behind
-        what it has sent."""
+    def clear(self, island: int, after: int) -> None:
+        """Forget the contributions of an island to rounds later than step `after`, from which it
+        goes on with another state: they are of another past."""
         with self.changed:
-            for key in [key for key in self._rounds if key[1] == island]:
-                del self._rounds[key]
+            for steps in (steps for (_, j), steps in self._rounds.items() if j == island):
+                for step in [step for step in steps if step > after]:
+                    del steps[step]
 
     def _found(self, fragment: int, step: int, island: int) -> _Contribution | None:
         return self._rounds.get((fragment, island), {}).get(step)

@@ -1,0 +1,102 @@
+"""Brings what an island has sent of each fragment to whoever owns the same elements elsewhere.
+
+[Note: courier] A contribution is kept as a role of the state until the next of its fragment. So
+what is owed can be worked out anew at any time from the state and from what is known of the other
+islands: it does not matter which rank was lost meanwhile, here or there.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from outlast.layout.run import Run, intersect
+from outlast.runtime.islands.codec import Codec
+from outlast.runtime.islands.exchange import Exchange
+from outlast.runtime.islands.facts import Facts
+from outlast.runtime.islands.neighbours import Neighbours, Place
+
+
+class Courier:
+    """What one rank of `island` brings to the ranks of the others."""
+
+    def __init__(
+        self, island: int, codec: Codec, neighbours: Neighbours, exchange: Exchange
+    ) -> None:
+        self._island, self._codec = island, codec
+        self._neighbours, self._exchange = neighbours, exchange
+        self._brought: set[tuple[int, int, tuple[str, int]]] = set()
+
+    def bring(
+        self, facts: Facts, values: Sequence[Tensor], runs: Sequence[Run], of: Sequence[int]
+    ) -> None:
+        """Send what was not sent yet to every place that is known.
+
+        Args:
+            values: the pseudogradient of every run, as it was when it was sent.
+            of: fragment of every run.
+        """
+        places = [place for island in self._neighbours.reach
+                  for place in self._neighbours.places(island)]  # fmt: skip
+        self._exchange.keep({place.address for place in places})
+        owed = {
+            (fragment, sent[0], place.address)
+            for fragment, sent in enumerate(facts.sent) if sent for place in places
+        }  # fmt: skip
+        self._brought &= owed
+        for place in places:
+            for fragment, _, address in sorted(owed - self._brought):
+                if address != place.address:
+                    continue
+                chosen = [(run, value) for run, value, at in zip(runs, values, of, strict=True)
+                          if at == fragment]  # fmt: skip
+                parcels = self._parcels(facts, fragment, chosen, place)
+                if parcels:
+                    self._exchange.send(address, ("contribution", fragment), parcels)
+        self._brought = owed
+
+    def _parcels(
+        self, facts: Facts, fragment: int, chosen: Sequence[tuple[Run, Tensor]], place: Place
+    ) -> list[tuple[dict[str, Any], bytes]]:
+        sent = facts.sent[fragment]
+        assert sent is not None, "it is owed"
+        head = {
+            "type": "contribution", "island": self._island, "fragment": fragment, "step": sent[0],
+            "base": sent[1].name, "weight": sent[1].weight, "codec": self._codec.name,
+        }  # fmt: skip
+        return [
+            (head | {"start": piece.start, "stop": piece.stop}, self._codec.encode(part))
+            for run, value in chosen
+            for piece, part in _pieces(run, value, place.runs)
+        ]
+
+    def hand_over(
+        self, name: str, island: int, roles: Mapping[str, Sequence[Tensor]], runs: Sequence[Run],
+        facts: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Send the whole state to an island that has asked for it.
+
+        Args:
+            roles: a view of every run per role; copied before this returns.
+            facts: of the step.
+        """
+        head = {"island": self._island, "nonce": name, "step": facts["step"]}
+        for place in self._neighbours.places(island):
+            parcels: list[tuple[dict[str, Any], bytes]] = [
+                (head | {"type": "state", "role": role, "start": piece.start, "stop": piece.stop},
+                 part.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+                for role, values in roles.items()
+                for run, value in zip(runs, values, strict=True)
+                for piece, part in _pieces(run, value, place.runs)
+            ]  # fmt: skip
+            parcels.append((head | {"type": "facts", "facts": facts}, b""))
+            self._exchange.send(place.address, ("state", name), parcels)
+
+
+def _pieces(run: Run, value: Tensor, wanted: Sequence[Run]) -> list[tuple[Run, Tensor]]:
+    return [
+        (Run.of(a, b), value[a - run.start : b - run.start])
+        for piece in intersect([run], wanted)
+        for a, b in piece.intervals()
+    ]

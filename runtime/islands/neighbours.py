@@ -1,0 +1,179 @@
+"""What one rank knows of the other islands: where their ranks are, what they own, what they closed.
+
+Small messages come over the agents, in any thread, possibly twice and never in one order with those
+of other ranks. So every message stands for itself, the newest of a rank counts, and everything is
+said again when an agent of another island has come into reach.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from outlast.checkpoint.records import pack_runs, unpack_runs
+from outlast.cluster.errors import Misuse
+from outlast.cluster.view import field
+from outlast.layout.run import Run
+
+WAITING, TRAINING, DONE = "waiting", "training", "done"
+KEPT_ROUNDS = 256  # closings
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank of an island listens, what it owns, and how far its island is.
+
+    Args:
+        team: of one generation of the island; `size` ranks have it.
+        began: step at which the island began to take part.
+        versions: of the outer parameters, by fragment.
+    """
+
+    holder: int
+    team: str
+    size: int
+    address: tuple[str, int]
+    runs: tuple[Run, ...]
+    step: int
+    state: str
+    began: int
+    versions: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """A message."""
+        return {
+            "type": "place", "holder": self.holder, "team": self.team, "size": self.size,
+            "host": self.address[0], "port": self.address[1], "runs": pack_runs(self.runs),
+            "step": self.step, "state": self.state, "began": self.began,
+            "versions": list(self.versions),
+        }  # fmt: skip
+
+    @staticmethod
+    def from_json(message: dict[str, Any], numel: int) -> "Place":
+        """The inverse; raises Misuse."""
+        try:
+            runs = unpack_runs(message["runs"])
+            versions = tuple(str(name) for name in message["versions"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise Misuse(f"a place of another island: {error}") from error
+        if not all(0 <= run.start <= run.stop <= numel for run in runs):
+            raise Misuse("a place of another island: it trains another model")
+        numbers = (field(message, name, int, 0, 1 << 62) for name in ("holder", "size", "step"))
+        holder, size, step = numbers
+        return Place(
+            holder, field(message, "team", str), size,
+            (field(message, "host", str), field(message, "port", int, 1, 65535)), runs, step,
+            field(message, "state", str), field(message, "began", int), versions,
+        )  # fmt: skip
+
+
+class Neighbours:
+    """The other islands.
+
+    Args:
+        numel: elements of the model.
+        say: tells all ranks of all other islands.
+        began_anew: told of an island, and of the step from which it goes on with another state.
+        changed: notified of everything that is heard.
+    """
+
+    def __init__(
+        self,
+        numel: int,
+        say: Callable[[dict[str, Any]], None],
+        began_anew: Callable[[int, int], None],
+        changed: threading.Condition,
+    ) -> None:
+        self._numel, self._say, self._began_anew, self.changed = numel, say, began_anew, changed
+        self.closings: dict[tuple[int, int], dict[str, Any]] = {}
+        self.asks: dict[str, tuple[int, int]] = {}  # name -> (island that asks, ranks of it)
+        self._places: dict[int, dict[int, Place]] = {}  # island -> holder, newest last
+        self._reach: tuple[int, ...] = ()
+        self._mine: Place | None = None
+        self.refused = ""
+
+    # ---- what is heard, in the thread of the link
+
+    def heard(self, island: int, message: dict[str, Any]) -> None:
+        """A message of another island."""
+        with self.changed:
+            try:
+                self._hear(island, message)
+            except Misuse as error:
+                self.refused = str(error)
+            self.changed.notify_all()
+
+    def _hear(self, island: int, message: dict[str, Any]) -> None:
+        kind = message.get("type")
+        if kind == "place":
+            place = Place.from_json(message, self._numel)
+            places = self._places.setdefault(island, {})
+            if any(place.began != known.began for known in places.values()):
+                self._began_anew(island, place.began)
+            places.pop(place.holder, None)
+            places[place.holder] = place
+            for closing in message.get("closings", ()):
+                self._close(closing)
+        elif kind == "closing":
+            self._close(message)
+        elif kind == "ask":
+            name, size = field(message, "name", str), field(message, "size", int, 1, 1 << 20)
+            self.asks[name] = (island, size)
+
+    def _close(self, message: dict[str, Any]) -> None:
+        islands = message.get("islands")
+        if not isinstance(islands, list) or not all(type(each) is int for each in islands):
+            raise Misuse("a closing of another island: it names no islands")
+        key = field(message, "fragment", int), field(message, "step", int)
+        names = {name: field(message, name, kind) for name, kind in (("base", str), ("by", int))}
+        self.closings.setdefault(key, {**names, "islands": islands})
+        for old in list(self.closings)[:-KEPT_ROUNDS]:
+            del self.closings[old]
+
+    def reached(self, islands: Sequence[int], count: int) -> None:
+        """Islands that are in reach now, or again."""
+        with self.changed:
+            self._reach = tuple(islands)
+            self.changed.notify_all()
+        self._repeat()
+
+    # ---- what is said
+
+    def here(self, place: Place) -> None:
+        """Tell where this rank is."""
+        self._mine = place
+        self._repeat()
+
+    def close(self, fragment: int, step: int, closing: dict[str, Any]) -> None:
+        """Tell that a round is closed."""
+        self.closings[fragment, step] = closing
+        self._say({"type": "closing", "fragment": fragment, "step": step, **closing})
+
+    def ask(self, name: str, size: int) -> None:
+        """Ask for the state; which island is meant is part of the name."""
+        self._say({"type": "ask", "name": name, "size": size})
+
+    def _repeat(self) -> None:
+        if self._mine is not None:
+            newest = list(self.closings.items())[-16:]
+            closings = [{"fragment": p, "step": step, **what} for (p, step), what in newest]
+            self._say(self._mine.as_json() | {"closings": closings})
+
+    # ---- what is known
+
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """Islands in reach."""
+        return self._reach
+
+    def places(self, island: int) -> list[Place]:
+        """The ranks of an island, in the generation that was heard of last, if all are known."""
+        with self.changed:
+            known = list(self._places.get(island, {}).values())
+        team = [place for place in known if place.team == known[-1].team]
+        return team if known and len(team) == known[-1].size else []
+
+    def training(self) -> dict[int, Place]:
+        """Islands in reach that train -> one of their ranks."""
+        found = {island: self.places(island) for island in self._reach}
+        return {j: team[-1] for j, team in found.items() if team and team[-1].state == TRAINING}
