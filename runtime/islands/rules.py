@@ -237,7 +237,7 @@ class _Trace:
 
     def after(self, norm: float) -> Self:
         """With one more norm. An outlier counts as much as the largest norm that is none: one does
-        not hide the next, and what remains unusual is usual after some tens of rounds."""
+        not hide the next, and a norm that stays ten times as large is usual after 20 rounds."""
         z = self.z(norm)
         if z > self.limit:
             norm, z = self.mean + self.limit * sqrt(self.variance), self.limit
