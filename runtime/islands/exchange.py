@@ -14,6 +14,7 @@ parcel arrives at least once, and those of a topic in order.
 """
 
 import asyncio
+import contextlib
 import json
 import secrets
 import threading
@@ -98,11 +99,7 @@ class Exchange:
 
     def flush(self, limit_s: float) -> bool:
         """Wait until all that was queued has been handed over; False: not within `limit_s`."""
-        try:
-            self._ask(asyncio.wait_for(self._idle.wait(), limit_s))
-        except TimeoutError:
-            return False
-        return True
+        return self._ask(self._settled(limit_s))
 
     def close(self) -> None:
         """Drop everything and stop listening; to be called last."""
@@ -110,6 +107,7 @@ class Exchange:
         self._end()
 
     def _end(self) -> None:
+        self.keep(())
         self._ask(_cancel_all())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -140,10 +138,17 @@ class Exchange:
         else:
             self._idle.set()
 
+    async def _settled(self, limit_s: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._idle.wait()
+        return self._idle.is_set()
+
     # ---- to a peer
 
     async def _feed(self, peer: Address, route: "_Route") -> None:
-        while True:
+        # A cancellation that meets an error is lost in a group of tasks.
+        while self._routes.get(peer) is route:
             await route.filled()
             try:
                 await self._connect(peer, route)

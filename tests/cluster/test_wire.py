@@ -178,3 +178,13 @@ def test_a_frame_that_is_no_object(body: bytes) -> None:
     tag = wire._tag(a._keys[0], 0, body)
     with pytest.raises(Rejected, match="not"):
         b.receive(len(body).to_bytes(4, "big") + body + tag)
+
+
+def test_any_bytes_pass_below_the_messages() -> None:
+    a, b = pair()
+    said = [b"", b"\x00\xff", bytes(range(256)) * 10]
+    assert b.unseal(b"".join(a.seal(body) for body in said)) == said
+    with pytest.raises(Rejected, match="JSON"):
+        b.receive(a.seal(b"no JSON"))
+    with pytest.raises(Rejected, match="JSON"):
+        b.receive(a.send({}))
