@@ -17,6 +17,9 @@ from outlast.runtime.islands.exchange import Exchange
 from outlast.runtime.islands.facts import Facts
 from outlast.runtime.islands.neighbours import Neighbours, Place
 
+# Elements of one parcel, at most: it is kept whole at both ends, and sent again from its start.
+PIECE = 1 << 22
+
 
 class Courier:
     """What one rank of `island` brings to the ranks of the others."""
@@ -26,6 +29,7 @@ class Courier:
     ) -> None:
         self._island, self._codec = island, codec
         self._neighbours, self._exchange = neighbours, exchange
+        self._most = PIECE // codec.block * codec.block  # elements: pieces are cut at blocks
         self._brought: set[tuple[int, int, tuple[str, int]]] = set()
 
     def bring(
@@ -68,7 +72,7 @@ class Courier:
         return [
             (head | {"start": piece.start, "stop": piece.stop}, self._codec.encode(part))
             for run, value in chosen
-            for piece, part in _pieces(run, value, place.runs)
+            for piece, part in _pieces(run, value, place.runs, self._most)
         ]
 
     def hand_over(
@@ -88,15 +92,17 @@ class Courier:
                  part.contiguous().view(torch.uint8).cpu().numpy().tobytes())
                 for role, values in roles.items()
                 for run, value in zip(runs, values, strict=True)
-                for piece, part in _pieces(run, value, place.runs)
+                for piece, part in _pieces(run, value, place.runs, self._most)
             ]  # fmt: skip
             parcels.append((head | {"type": "facts", "facts": facts}, b""))
             self._exchange.send(place.address, ("state", name), parcels)
 
 
-def _pieces(run: Run, value: Tensor, wanted: Sequence[Run]) -> list[tuple[Run, Tensor]]:
+def _pieces(run: Run, value: Tensor, wanted: Sequence[Run], most: int) -> list[tuple[Run, Tensor]]:
     return [
-        (Run.of(a, b), value[a - run.start : b - run.start])
+        (Run.of(low, high), value[low - run.start : high - run.start])
         for piece in intersect([run], wanted)
-        for a, b in piece.intervals()
+        for start, stop in piece.intervals()
+        for low in range(start, stop, most)
+        for high in [min(low + most, stop)]
     ]
