@@ -39,6 +39,14 @@ class Place:
     island: int
     endpoints: tuple[tuple[Address, ...], ...]
 
+    def island_of(self, agent: str) -> int:
+        """The island in an agent's name; raises Misuse if there is none."""
+        number, slash, _ = agent.partition("/")
+        known = number.isascii() and number.isdecimal() and int(number) < len(self.endpoints)
+        if not (slash and known):
+            raise Misuse(f"{agent!r} is of no island: give all of them the same --island-endpoints")
+        return int(number)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Callbacks:
@@ -102,14 +110,14 @@ class IslandMesh:
 
     def _tell(self, message: dict[str, Any]) -> None:
         for agent in self._linked:
-            if self._island(agent) != self.place.island:
+            if self.place.island_of(agent) != self.place.island:
                 self._links.send(agent, message)
 
     # ---- what the links tell
 
     def connected(self, agent: str, dialled: Address | None) -> None:
         """See `Owner`."""
-        now, island = time.monotonic(), self._island(agent)
+        now, island = self._now(), self.place.island_of(agent)
         self._linked[agent] = now
         self._endpoints.linked(dialled, agent, now)
         there = {name: self._known[name][0] for name in self._linked if name in self._known}
@@ -120,18 +128,18 @@ class IslandMesh:
         """See `Owner`."""
         self._linked.pop(agent, None)
         self._endpoints.gone(agent)
-        self._judge(time.monotonic())
+        self._judge(self._now())
 
     def received(self, agent: str, dialled: Address | None, message: dict[str, Any]) -> None:
         """See `Owner`."""
-        self._linked[agent] = time.monotonic()
-        kind, island = message.get("kind"), self._island(agent)
+        now, kind, island = self._now(), message.get("kind"), self.place.island_of(agent)
+        self._linked[agent] = now
         if kind == "agents":
             self._learn(field(message, "agents", dict))
         elif kind == "again":
             self._asked = True  # answered once a tick, however many ask
         elif kind == "said" and island != self.place.island:
-            self._judge(time.monotonic())  # nobody hears of an island before it is in reach
+            self._judge(now)  # nobody hears of an island before it is in reach
             self.callbacks.heard(island, field(message, "message", dict))
 
     def unanswered(self, address: Address, cause: str, *, reached: bool) -> None:
@@ -144,18 +152,11 @@ class IslandMesh:
 
     # ---- who is where
 
-    def _island(self, agent: str) -> int:
-        number, slash, _ = agent.partition("/")
-        count = len(self.place.endpoints)
-        if not (slash and number.isascii() and number.isdecimal() and int(number) < count):
-            raise Misuse(f"{agent!r} is of no island: give all of them the same --island-endpoints")
-        return int(number)
-
     def _learn(self, agents: dict[str, Any]) -> None:
         """Where agents listen, as another one says; what is new is passed on, once."""
         now, fresh = time.monotonic(), {}
         for name, address in agents.items():
-            self._island(name)
+            self.place.island_of(name)
             host, port = address if isinstance(address, list) and len(address) == 2 else (0, 0)
             if type(host) is not str or type(port) is not int or not 0 < port < 65536:
                 raise Misuse(f"{address!r} is no address of an agent")
@@ -174,25 +175,31 @@ class IslandMesh:
         taken = {self._known[name][0] for name in self._linked if name in self._known}
         others = {
             address for name, (address, _) in self._known.items()
-            if name not in self._linked and self._island(name) != self.place.island
+            if name not in self._linked and self.place.island_of(name) != self.place.island
         }  # fmt: skip
         return sorted(others - taken - {self._address})
 
     def _judge(self, now: float, *, again: bool = False) -> None:
         """Tell which islands are in reach if that has changed, or has to be told again."""
         limit = now - self.timing.silence_s
-        heard = {self._island(agent) for agent, last in self._linked.items() if last >= limit}
+        heard = {
+            self.place.island_of(agent) for agent, last in self._linked.items() if last >= limit
+        }
         islands = sorted(heard - {self.place.island})
         if again or islands != self._islands:
             self._islands, self._count = islands, self._count + 1
             self.callbacks.reached(islands, self._count)
 
+    def _now(self) -> float:
+        """The time; if we were held up ourselves, no silence before it counts."""
+        now = time.monotonic()
+        if now - self._ticked > self.timing.late_tick_s:
+            self._linked = dict.fromkeys(self._linked, now)
+        return now
+
     def _tick(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(self.timing.tick_s, self._tick)
-        now = time.monotonic()
-        late, self._ticked = now - self._ticked, now
-        if late > self.timing.late_tick_s:  # held up ourselves: no silence counts
-            self._linked = dict.fromkeys(self._linked, now)
+        self._ticked = now = self._now()
         asked, self._asked = self._asked, False
         self._judge(now, again=asked)
         self._links.retire()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from outlast.launch.config import LaunchConfig
 from outlast.launch.console import Console
+from outlast.launch.slurm.conclusion import CUT_OFF
 from outlast.launch.standalone import (
     EXIT_KILLED,
     LocalJob,
@@ -24,7 +25,6 @@ from outlast.launch.standalone import (
 
 # Whatever kills an island in so many starts in a row that come to no new step will kill the next.
 LOSSES_MAX = 16
-EXIT_CUT_OFF = 75  # of an agent, see there: so many others were killed that it gave up
 
 
 class LocalIsland(LocalJob):
@@ -36,7 +36,7 @@ class LocalIsland(LocalJob):
 
     def revive(self, console: Console) -> Sequence[Process]:
         """Its agents, started again if it was lost and can be saved."""
-        if self.code not in (None, EXIT_CUT_OFF):
+        if self.code not in (None, CUT_OFF):
             return ()
         metrics = Path(self.config.log_dir) / "metrics.jsonl"
         progress = metrics.stat().st_size if metrics.exists() else 0

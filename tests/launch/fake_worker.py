@@ -145,4 +145,5 @@ def main() -> None:
     os._exit(0)  # the listener would see the interpreter go
 
 
-main()
+if __name__ == "__main__":
+    main()

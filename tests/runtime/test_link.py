@@ -3,6 +3,7 @@
 import json
 import socket
 from concurrent.futures import Future
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -56,3 +57,33 @@ def test_nothing_connects_before_it_is_known_which_groups_are_needed() -> None:
         link.next_generation(0, 0.2)
     link.ready(torch.device("cpu"), True, True)
     assert link.next_generation(0, 30.0).view == view
+
+
+def test_other_islands_are_heard_once_they_are_followed() -> None:
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    welcome = {
+        "kind": "welcome", "holder": 5, "node": "n", "job": "j", "host": "127.0.0.1",
+        "heartbeat_s": 0.5, "rebalance": False, "evict_poison": True, "checkpoint_dir": "",
+        "checkpoint_every": "", "checkpoint_keep": 2, "island": 1, "islands": 3,
+        "island_host": "10.0.0.1", "island_key": "ab" * 32,
+    }  # fmt: skip
+
+    def tell(message: dict[str, Any]) -> None:
+        there.send(json.dumps(message).encode())
+
+    tell(welcome)
+    link = AgentLink(here.detach(), None)
+    assert json.loads(there.recv(1 << 16))["kind"] == "attach"
+    tell({"kind": "islands", "island": 0, "message": {"early": 1}})
+    tell({"kind": "ping", "n": 1})
+    assert json.loads(there.recv(1 << 16))["kind"] == "pong"
+    identity = link.identity
+    assert (identity.island, identity.islands, identity.island_host) == (1, 3, "10.0.0.1")
+    assert identity.island_key == b"\xab" * 32
+    told: Queue[tuple[Any, Any]] = Queue()
+    link.follow_islands(lambda *heard: told.put(heard), lambda *reach: told.put(reach))
+    assert json.loads(there.recv(1 << 16)) == {"kind": "follow"}
+    tell({"kind": "reach", "islands": [0], "count": 7})
+    tell({"kind": "islands", "island": 0, "message": {"late": 1}})
+    assert [told.get(timeout=30) for _ in range(2)] == [([0], 7), (0, {"late": 1})]
+    there.detach()

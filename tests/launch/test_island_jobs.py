@@ -1,0 +1,172 @@
+"""Several islands on one machine, and one by one: what their workers say, and who is lost."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from click.testing import CliRunner
+from job import HERE, KEY, Job, all_gone, free_ports
+from test_cli import parse
+
+from outlast.cluster.errors import Misuse
+from outlast.launch import cli
+
+WORKER = str(HERE / "island_worker.py")
+Start = Callable[..., Job]
+
+
+class Island(Job):
+    """The events of one island of a launch."""
+
+    def __init__(self, job: Job, number: int) -> None:
+        self.process, self._output = job.process, job._output
+        self.directory = job.directory / f"island{number}"
+
+    def hears(self, holder: int) -> dict[str, Any]:
+        """Wait for a message of this worker of another island."""
+
+        def found() -> dict[str, Any] | None:
+            heard = self.events("fake_heard")
+            return next((e for e in heard if e["message"]["holder"] == holder), None)
+
+        event: dict[str, Any] = self.wait_for(found)
+        return event
+
+    def reaches(self, islands: list[int]) -> None:
+        """Wait until these are in reach."""
+        self.wait_for(lambda: [e["islands"] for e in self.events("fake_reach")][-1:] == [islands])
+
+
+@pytest.fixture
+def end(tmp_path: Path) -> Path:
+    """Workers end once this file exists."""
+    return tmp_path / "end"
+
+
+def started(island: Island, count: int = 1) -> dict[str, Any]:
+    return island.wait_for_events("fake_started", count)[-1]
+
+
+def test_an_island_that_is_killed_comes_back_and_hears_everything(start: Start, end: Path) -> None:
+    job = start("--islands", "2", "--standalone", "--rdzv-id", "j", "--heartbeat", "0.2",
+                WORKER, str(end))  # fmt: skip
+    zero, one = Island(job, 0), Island(job, 1)
+    first, second = started(zero), started(one)
+    told = ("island", "islands", "OUTLAST_ISLANDS", "RANK", "WORLD_SIZE", "island_host")
+    assert [first[name] for name in told] == [0, 2, "2", "0", "1", "127.0.0.1"]
+    assert (second["island"], second["RANK"]) == (1, "0")
+    assert first["island_key"] == second["island_key"]
+    assert len(first["island_key"]) == 64
+    assert one.hears(first["holder"])["island"] == 0
+    assert zero.hears(second["holder"])["island"] == 1
+    assert zero.wait_for_events("malformed")
+
+    (agent,) = one.wait_for_events("started")
+    psutil.Process(agent["pid"]).send_signal(signal.SIGKILL)
+    zero.reaches([])
+    again = started(one, 2)
+    assert again["holder"] != second["holder"]
+    zero.hears(again["holder"])
+    zero.reaches([1])
+    one.wait_for(lambda: len([e for e in one.events("fake_heard")
+                              if e["holder"] == again["holder"]]) >= 1)  # fmt: skip
+    assert [e["holder"] for e in zero.events("fake_started")] == [first["holder"]]
+    assert "island 1 was lost; it is started again" in job.output
+    assert "[island 1] job j.island1: 1 node, 1 worker" in job.output
+    tree = job.tree()
+    end.touch()
+    assert job.end() == 0
+    assert all_gone(tree, 5)
+
+
+def test_an_island_that_fails_by_itself_leaves_the_others_alone(start: Start, end: Path) -> None:
+    job = start("--islands", "2", "--standalone", "--nnodes", "2", WORKER, str(end), "raise")
+    zero, one = Island(job, 0), Island(job, 1)
+    holders = {e["holder"] for e in zero.wait_for_events("fake_started", 2)}
+    others = {e["holder"] for e in one.wait_for_events("fake_started", 2)}
+    pairs = {(here, there) for here in others for there in holders}
+    one.wait_for(lambda: pairs == {(e["holder"], e["message"]["holder"])
+                                   for e in one.events("fake_heard")})  # fmt: skip
+    end.touch()
+    assert job.end() == 1
+    assert "[island 0] job finished" in job.output
+    assert len(one.events("fake_started")) == 2
+
+
+def test_a_signal_ends_all_islands(start: Start, end: Path) -> None:
+    job = start("--islands", "3", "--standalone", WORKER, str(end))
+    for number in range(3):
+        Island(job, number).reaches([i for i in range(3) if i != number])
+    tree = job.tree()
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 143
+    assert all_gone(tree, 5)
+    assert "started again" not in job.output
+
+
+def test_islands_that_are_launched_one_by_one_find_each_other(start: Start, end: Path) -> None:
+    places = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+    flags = ("--rdzv-id", "j", "--islands", "2", "--island-endpoints", places)
+    jobs = [
+        start(*flags, "--island", str(number), WORKER, str(end), OUTLAST_JOB_KEY=KEY)
+        for number in (0, 1)
+    ]
+    zero, one = (Island(job, number) for number, job in enumerate(jobs))
+    one.hears(started(zero)["holder"])
+    zero.hears(started(one)["holder"])
+    end.touch()
+    assert [job.end() for job in jobs] == [0, 0]
+
+
+def test_another_key_is_another_training(start: Start, end: Path) -> None:
+    places = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+    flags = ("--rdzv-id", "j", "--islands", "2", "--island-endpoints", places, "--heartbeat", "0.1")
+    jobs = [
+        start(*flags, "--island", str(number), WORKER, str(end), OUTLAST_JOB_KEY=f"{number}{KEY}")
+        for number in (0, 1)
+    ]
+    for number, job in enumerate(jobs):
+        Island(job, number).wait_for_events("refused_island")
+        assert {tuple(e["islands"]) for e in Island(job, number).events("fake_reach")} <= {()}
+    end.touch()
+    assert [job.end() for job in jobs] == [0, 0]
+
+
+def test_the_config_of_an_island() -> None:
+    by_hand = ("--rdzv-id", "j", "--islands", "2", "--island", "1", "--log-dir", "logs",
+               "--island-endpoints", "a:1/b:2, [::1]:3")  # fmt: skip
+    config = parse(*by_hand)
+    assert (config.job, config.training, config.log_dir) == ("j.island1", "j", "logs/island1")
+    assert config.checkpoint_dir.endswith("/logs/checkpoints/island1")
+    assert config.island_addresses() == ((("a", 1), ("b", 2)), (("::1", 3),))
+    # Those that join a running job are given its own places and name.
+    same = parse(*by_hand, "--rdzv-id", config.job, "--log-dir", config.log_dir,
+                 "--checkpoint-dir", config.checkpoint_dir)  # fmt: skip
+    assert same == config
+    remote = parse(*by_hand, "--checkpoint-dir", "s3://bucket/run/")
+    assert remote.checkpoint_dir == "s3://bucket/run/island1"
+    assert cli.LaunchConfig.from_json(config.as_json()) == config
+    assert parse().training.startswith("job-")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("--islands 0", "--islands must be at least 1"),
+        ("--islands 2 --nnodes 2 --rdzv-endpoint a:1", "one `outlast launch` for each"),
+        ("--islands 2 --island 1 --island-endpoints a:1,b:1", "--rdzv-id"),
+        ("--islands 2 --island 2 --island-endpoints a:1,b:1 --rdzv-id j", "here 0 to 1"),
+        ("--islands 2 --island 1 --rdzv-id j", "go together"),
+        ("--islands 2 --island-endpoints a:1,b:1 --rdzv-id j", "go together"),
+        ("--islands 3 --island 1 --island-endpoints a:1,b:1 --rdzv-id j", "go together"),
+        ("--islands 2 --island 1 --island-endpoints a:1,b:x --rdzv-id j", "--island-endpoints: 'b"),
+        ("--islands 2 --island 1 --island-endpoints a:1,b:1 --rdzv-id j", "secret key"),
+    ],
+)
+def test_what_cannot_work_is_said(arguments: str, complaint: str) -> None:
+    result = CliRunner().invoke(cli.launch, [*arguments.split(), WORKER])
+    assert isinstance(result.exception, Misuse)
+    assert complaint in str(result.exception)
