@@ -163,6 +163,22 @@ def test_an_island_that_went_and_came_is_told_everything_again() -> None:
     run(work())
 
 
+def test_every_new_link_to_another_island_is_told() -> None:
+    """What was said before, its other end has not heard."""
+
+    async def work() -> None:
+        endpoints = free(2)
+        a = await up("0/a", endpoints)
+        await Foreigner("1/x").meet(endpoints[0][0])
+        await until(lambda: a.reach == [1])
+        count = a.reached[-1][1]
+        await Foreigner("1/y").meet(endpoints[0][0])
+        await until(lambda: a.reached[-1][1] > count)
+        assert a.reach == [1]
+
+    run(work())
+
+
 def test_who_begins_to_listen_has_the_others_repeat() -> None:
     async def work() -> None:
         endpoints = free(2)

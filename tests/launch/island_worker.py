@@ -29,6 +29,7 @@ class IslandWorker(FakeWorker):
                     self.say("islands", message={"holder": self.holder, "island": ISLAND})
                 case "islands":
                     self.say("event", event="fake_heard", **message)
+                    self.say("event", event="outer", step=30, fragment=1, islands=[0, 1])
 
 
 ISLAND = int(os.environ["OUTLAST_ISLAND"])

@@ -12,10 +12,13 @@ from job import HERE, KEY, Job, all_gone, free_ports
 from test_cli import parse
 
 from outlast.cluster.errors import Misuse
-from outlast.launch import cli
+from outlast.launch import cli, islands
+from outlast.launch.config import LaunchConfig
 
 WORKER = str(HERE / "island_worker.py")
 Start = Callable[..., Job]
+Script = Callable[[str], str]
+Capture = pytest.CaptureFixture[str]
 
 
 class Island(Job):
@@ -75,6 +78,8 @@ def test_an_island_that_is_killed_comes_back_and_hears_everything(start: Start, 
                               if e["holder"] == again["holder"]]) >= 1)  # fmt: skip
     assert [e["holder"] for e in zero.events("fake_started")] == [first["holder"]]
     assert "island 1 was lost; it is started again" in job.output
+    # Said when other islands than before had a share, not every time.
+    assert job.output.count("[island 0] step 30: fragment 1 of islands 0, 1 is merged") == 1
     assert "[island 1] job j.island1: 1 node, 1 worker" in job.output
     tree = job.tree()
     end.touch()
@@ -117,6 +122,8 @@ def test_islands_that_are_launched_one_by_one_find_each_other(start: Start, end:
     zero, one = (Island(job, number) for number, job in enumerate(jobs))
     one.hears(started(zero)["holder"])
     zero.hears(started(one)["holder"])
+    (key,) = {bytes.fromhex(started(island)["island_key"]) for island in (zero, one)}
+    assert key != KEY.encode()
     end.touch()
     assert [job.end() for job in jobs] == [0, 0]
 
@@ -135,6 +142,19 @@ def test_another_key_is_another_training(start: Start, end: Path) -> None:
     assert [job.end() for job in jobs] == [0, 0]
 
 
+def test_an_island_that_dies_again_and_again_is_given_up(
+    tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch, capfd: Capture
+) -> None:
+    monkeypatch.setattr(islands, "LOSSES_MAX", 2)
+    text = script("import os, signal; os.kill(os.getppid(), signal.SIGKILL)")
+    directory = str(tmp_path / "logs")
+    config = LaunchConfig(script=text, standalone=True, job="j", log_dir=directory, islands=1)
+    assert islands.run_islands(config, None) == 1
+    told = capfd.readouterr().err
+    assert told.count("island 0 was lost; it is started again") == 2
+    assert "it stays away" in told
+
+
 def test_the_config_of_an_island() -> None:
     by_hand = ("--rdzv-id", "j", "--islands", "2", "--island", "1", "--log-dir", "logs",
                "--island-endpoints", "a:1/b:2, [::1]:3")  # fmt: skip
@@ -148,7 +168,7 @@ def test_the_config_of_an_island() -> None:
     assert same == config
     remote = parse(*by_hand, "--checkpoint-dir", "s3://bucket/run/")
     assert remote.checkpoint_dir == "s3://bucket/run/island1"
-    assert cli.LaunchConfig.from_json(config.as_json()) == config
+    assert LaunchConfig.from_json(config.as_json()) == config
     assert parse().training.startswith("job-")
 
 
