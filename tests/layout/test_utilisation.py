@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from outlast.layout import utilisation as module
@@ -119,6 +119,7 @@ def test_what_helps_never_harms(case: tuple[Model, Exchange, float]) -> None:
 
 @EXAMPLES
 @given(cases())
+@example((Model(1e8, 1, 0.01), Exchange(4, ((0,),), delay=2), 0.02))  # it repeats every 3 cycles
 def test_what_is_measured_is_the_steady_state(case: tuple[Model, Exchange, float]) -> None:
     model, exchange, latency_s = case
     found = utilisation(model, exchange, GBITS, latency_s)
