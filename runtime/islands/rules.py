@@ -34,7 +34,7 @@ Gram = NDArray[np.float64]
 Facts = dict[str, Any]
 
 _BLOCK = 1 << 20  # elements whose products are held at once
-_ITERATIONS = 64  # of Weiszfeld's; what is far away loses its weight in the first few
+_ITERATIONS = 64  # of Weiszfeld's; one far away loses about half its weight in each
 _RATE = 0.02  # of the detector's moving means (EDiT: alpha)
 _DEVIATIONS = 3.0  # from which on a norm is an outlier (EDiT: delta)
 _CLIP = 10.0  # a mean is this many times as long as usual at most (EDiT: phi, in absolute terms)
@@ -157,9 +157,8 @@ def _median(gram: Gram, islands: Sequence[int]) -> tuple[list[float], Facts]:
 
     The point is always some sum of c_j x_j with weights of sum 1, and its squared distance to x_i
     is sum_j c_j D_ij - 1/2 sum_jk c_j c_k D_jk, where D are the squared distances between the x.
-    It starts with the weights 1 / (distance to the middle one of all), not with the mean: from
-    there somebody at infinity would take as many rounds as their distance has digits. Who is so
-    far away that their distance would drown the others' in rounding is left out.
+    Who is a million times as far from the others as is usual is left out: their distance would
+    drown the others' in rounding, and take as many iterations to forget as it has digits.
     """
     count, norms = len(gram), np.diagonal(gram)
     apart = np.maximum(norms[:, None] + norms[None, :] - 2 * gram, 0.0)
@@ -168,7 +167,7 @@ def _median(gram: Gram, islands: Sequence[int]) -> tuple[list[float], Facts]:
     near = [i for i, distance in enumerate(reach) if distance <= 1e6 * middle]
     table = apart[np.ix_(near, near)].tolist()
     least = 1e-6 * middle or 1.0  # next to a contribution the iteration would not move on
-    shares = _shares([1 / max(reach[i], least) for i in near])
+    shares = [1 / len(near)] * len(near)
     for _ in range(_ITERATIONS):
         toward = [_inner(shares, row) for row in table]
         inner = _inner(shares, toward) / 2
@@ -286,7 +285,6 @@ def _edit(
     if usual.judges and length > _CLIP * usual.mean:
         facts["clipped"] = _CLIP * usual.mean / length
         found = [facts["clipped"] * share for share in found]
-        length = _CLIP * usual.mean
     guard["mean"] = usual.after(length).told()
     return found, guard, facts
 

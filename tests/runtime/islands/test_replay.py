@@ -1,5 +1,6 @@
 """What was kept of a round comes back for any ranks, and a broken record is never taken for one."""
 
+import resource
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -126,6 +127,19 @@ def test_codes_of_another_codec_are_refused(directory: Path) -> None:
     record(directory, "int8", [list(UNITS)], contributions([0]))
     with pytest.raises(Corrupt, match="bytes for 300 elements are not e3m0"):
         Replay(directory, codec("e3m0", GRAIN)).round(2, 30, UNITS)
+
+
+def test_a_disk_that_is_full_leaves_what_was_there(directory: Path) -> None:
+    sent = contributions([0, 1])
+    record(directory, "none", [list(UNITS)], sent)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(Misuse, match="cannot be written"):
+            record(directory, "none", [list(UNITS)], contributions([2, 3]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Replay(directory, codec("none", GRAIN)).round(2, 30, UNITS)[0] == (0, 1)
 
 
 def test_a_place_that_takes_nothing_is_told(directory: Path) -> None:

@@ -72,6 +72,20 @@ def test_grams_are_those_of_the_whole_however_it_is_cut(
     np.testing.assert_allclose(total(expected), exact @ exact.T, rtol=1e-12, atol=1e-9)
 
 
+@pytest.mark.parametrize("grain", [64, 192])
+def test_a_grain_is_summed_in_an_order_that_every_device_has(grain: int) -> None:
+    """Halves are added to halves, number by number, however much is held at once."""
+    a, b = (vector.tolist() for vector in random(2, grain))
+    products = [x * y for x, y in zip(a, b, strict=True)]
+    while len(products) > 1:
+        half = len(products) // 2
+        for i, product in enumerate(products[-half:]):
+            products[i] += product
+        del products[-half:]
+    (gram,) = grain_grams([torch.tensor(a), torch.tensor(b)], [Run.of(grain, 2 * grain)], grain)
+    assert gram[0, 1] == gram[1, 0] == products[0]
+
+
 def test_bits_of_a_gram_do_not_depend_on_how_much_is_held_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -266,6 +280,12 @@ def test_noise_is_rarely_taken_for_a_spike() -> None:
     assert sum(len(facts.get("anomalous", ())) for facts in told) < noise.size / 300
 
 
+def test_a_spike_is_found_soon() -> None:
+    noise = np.random.default_rng(3).normal(1, 0.1, 20).clip(0.8, 1.2)
+    told = rounds([*([norm] for norm in noise), [1.5]])
+    assert [bool(facts) for facts in told] == [False] * 20 + [True]
+
+
 def test_small_norms_are_welcome() -> None:
     norms = [[1 + 0.1 * (-1) ** i] for i in range(100)]
     assert not any(rounds([*norms, [0.0], [1e-9], *norms]))
@@ -301,6 +321,13 @@ def test_softmax_does_not_saturate_on_large_units() -> None:
     """exp(-1000) and exp(-1010) would leave one island alone."""
     found, _, _ = weights("edit", np.diag(np.square([1000.0, 1010.0])), [0, 1], {})
     assert found.min() > 0.49
+
+
+def test_of_two_nobody_sets_the_scale_alone() -> None:
+    found, _, _ = weights("edit", np.diag(np.square([100.0, 1.0])), [0, 1], {})
+    assert found[0] < 1e-9
+    found, _, _ = weights("edit", np.diag(np.square([0.0, 50.0])), [0, 1], {})
+    assert found[1] > 0.2  # one that stood still does not silence the other
 
 
 def test_a_newcomer_on_its_own_is_clipped() -> None:
