@@ -227,7 +227,6 @@ class TopK(Codec):
         index = field >> 2
         scale = _from_bfloat16(rows[:, :4]).numpy()  # the upper, the lower
         used = np.concatenate([scale[:, :1] > 0, index[:, 1:] > index[:, :-1]], axis=1)
-        used = np.logical_and.accumulate(used, axis=1)
         if (index[used] >= length).any():
             raise ValueError("an index of the topk codes lies outside of its chunk")
         value = np.where(field & 1, scale[:, :1], scale[:, 1:])

@@ -30,7 +30,7 @@ class Courier:
         self._island, self._codec = island, codec
         self._neighbours, self._exchange = neighbours, exchange
         self._most = PIECE // codec.block * codec.block  # elements: pieces are cut at blocks
-        self._brought: set[tuple[int, int, tuple[str, int]]] = set()
+        self._brought: set[tuple[int, int, str, int]] = set()
 
     def bring(
         self, facts: Facts, values: Sequence[Tensor], runs: Sequence[Run], of: Sequence[int]
@@ -41,23 +41,20 @@ class Courier:
             values: the pseudogradient of every run, as it was when it was sent.
             of: fragment of every run.
         """
-        places = [place for island in self._neighbours.reach
-                  for place in self._neighbours.places(island)]  # fmt: skip
+        teams = [self._neighbours.places(island) for island in self._neighbours.reach]
+        places = [place for team in teams for place in team]
         self._exchange.keep({place.address for place in places})
-        owed = {
-            (fragment, sent[0], place.address)
-            for fragment, sent in enumerate(facts.sent) if sent for place in places
-        }  # fmt: skip
-        self._brought &= owed
+        sent = [(p, at[0]) for p, at in enumerate(facts.sent) if at is not None]
+        # A rank that stays owns other runs in its next team.
+        owed = {(p, step, place.team, place.holder) for p, step in sent for place in places}
         for place in places:
-            for fragment, _, address in sorted(owed - self._brought):
-                if address != place.address:
+            for fragment, step in sent:
+                if (fragment, step, place.team, place.holder) in self._brought:
                     continue
                 chosen = [(run, value) for run, value, at in zip(runs, values, of, strict=True)
                           if at == fragment]  # fmt: skip
-                parcels = self._parcels(facts, fragment, chosen, place)
-                if parcels:
-                    self._exchange.send(address, ("contribution", fragment), parcels)
+                if parcels := self._parcels(facts, fragment, chosen, place):
+                    self._exchange.send(place.address, ("contribution", fragment), parcels)
         self._brought = owed
 
     def _parcels(

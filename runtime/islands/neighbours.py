@@ -88,6 +88,7 @@ class Neighbours:
         self.closings: dict[tuple[int, int], dict[str, Any]] = {}
         self.asks: dict[str, tuple[int, int]] = {}  # name -> (island that asks, ranks of it)
         self._places: dict[int, dict[int, Place]] = {}  # island -> holder, newest last
+        self._began: dict[int, int] = {}
         self._reach: tuple[int, ...] = ()
         self._mine: Place | None = None
         self.refused = ""
@@ -108,7 +109,8 @@ class Neighbours:
         if kind == "place":
             place = Place.from_json(message, self._numel)
             places = self._places.setdefault(island, {})
-            if any(place.began != known.began for known in places.values()):
+            if place.began > self._began.get(island, 0):
+                self._began[island] = place.began
                 self._began_anew(island, place.began)
             places.pop(place.holder, None)
             places[place.holder] = place

@@ -302,7 +302,12 @@ class Outer:
         """The last step is done: what others may wait for goes out before this island goes."""
         state = self._training.state
         self.tell(self._generation, DONE, state.step, state.owned)
-        self.exchange.flush(self.settings.patience_s)
+        timing, end = self._training.link.identity.timing, time.monotonic()
+        end += self.settings.patience_s
+        while not self.exchange.flush(timing.tick_s) and time.monotonic() < end:
+            self._training.check()
+            there = self.neighbours.training()
+            self.exchange.keep(p.address for j in there for p in self.neighbours.places(j))
 
     def close(self) -> None:
         """End the connections."""
