@@ -176,6 +176,16 @@ def test_pieces_that_overlap_without_end() -> None:
     assert wide.covers(0, 30, 1, [Run.of(3992, 7992)])
 
 
+def test_of_contradicting_pieces_the_later_counts() -> None:
+    box, first, second = inbox(), Run.of(0, 24), Run.of(8, 32)
+    for piece, salt in ((first, 1.0), (second, 2.0), (first, 3.0)):
+        put(box, piece, salt)
+    found = box.codes(0, 30, 1, [Run.of(0, 32)])[0]
+    assert torch.equal(found[:24], values_of(first, 3.0))
+    assert torch.equal(found[24:], values_of(second, 2.0)[16:])
+    assert len(box._rounds[0, 1][30].pieces) == 2
+
+
 def test_what_an_island_sent_is_forgotten_when_it_goes_back() -> None:
     box, run = inbox(), Run.of(0, 32)
     for island in (1, 2):
