@@ -36,14 +36,19 @@ class Agent:
         self.heard: list[tuple[int, dict[str, Any]]] = []
         self.reached: list[tuple[list[int], int]] = []
         self.refused: list[str] = []
+        self.surprised = False
         place = Place(
             **{"job_id": JOB, "key": KEY, "island": int(island), "endpoints": endpoints} | other
         )
         self.mesh = IslandMesh(place, agent, HOST, TIMING, Callbacks(
-            heard=lambda island, message: self.heard.append((island, message)),
+            heard=self.hear,
             reached=lambda islands, count: self.reached.append((islands, count)),
             refused=self.refused.append,
         ))  # fmt: skip
+
+    def hear(self, island: int, message: dict[str, Any]) -> None:
+        self.heard.append((island, message))
+        self.surprised |= island not in self.reach
 
     @property
     def reach(self) -> list[int]:
@@ -66,6 +71,15 @@ class Foreigner:
         self.agents: list[str] = []
         self.messages: list[dict[str, Any]] = []
         self.ended: list[str] = []
+
+    @property
+    def known(self) -> dict[str, Any]:
+        told = [m["agents"] for m in self.messages if m["kind"] == "agents"]
+        return {name: address for agents in told for name, address in agents.items()}
+
+    @property
+    def said(self) -> list[Any]:
+        return [m["message"] for m in self.messages if m["kind"] == "said"]
 
     def connected(self, agent: str, dialled: Address | None) -> None:
         self.agents.append(agent)
@@ -139,6 +153,29 @@ def test_everybody_hears_all_other_islands_and_only_those() -> None:
             others = [name for name in names if not name.startswith(str(island))]
             told = sorted((i, message["from"]) for i, message in agent.heard)
             assert told == sorted((int(name[0]), name) for name in others)
+
+    run(work())
+
+
+def test_who_is_where_is_passed_on_and_own_agents_are_told_nothing_else() -> None:
+    async def work() -> None:
+        endpoints = free(2)
+        a = await up("0/a", endpoints)
+        own = await Foreigner("0/x").meet(endpoints[0][0])
+        own.say({"kind": "agents", "agents": {"0/x": [HOST, 9]}})
+        await until(lambda: a.mesh._known)
+        other = await Foreigner("1/y").meet(endpoints[0][0])
+        await until(lambda: other.known == {"0/a": [*endpoints[0][0]], "0/x": [HOST, 9]})
+        other.say({"kind": "agents", "agents": {"1/y": [HOST, 9]}})
+        await until(lambda: own.known.get("1/y") == [HOST, 9])
+        a.mesh.say({"hello": 1})
+        own.say({"kind": "said", "message": {"from": "own"}})
+        other.say({"kind": "said", "message": {"from": "other"}})
+        await until(lambda: a.heard and other.said)
+        await asyncio.sleep(2 * TIMING.tick_s)
+        assert a.heard == [(1, {"from": "other"})]
+        assert other.said == [{"hello": 1}]
+        assert own.said == []
 
     run(work())
 
@@ -277,8 +314,28 @@ def test_silence_is_told_though_the_connection_stands(monkeypatch: pytest.Monkey
             await asyncio.sleep(TIMING.tick_s)
         assert clock[0] - began > TIMING.silence_s
         assert a.linked == {"1/x"}
-        foreigner.say({"kind": "beat"})
-        await until(lambda: a.reach == [1])
+        foreigner.say({"kind": "said", "message": {}})
+        await until(lambda: a.heard)
+        assert not a.surprised
+        await foreigner.links.close()
+        await until(lambda: not a.reach)  # at once, and not after the same silence
+
+    run(work())
+
+
+def test_who_says_nothing_is_heard_nevertheless(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(island_mesh, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    async def work() -> None:
+        endpoints = free(2)
+        a, b = await up("0/a", endpoints), await up("1/b", endpoints)
+        await until(lambda: a.reach == [1] and b.reach == [0])
+        end = clock[0] + 2 * TIMING.silence_s
+        while clock[0] < end:
+            clock[0] += TIMING.tick_s
+            await asyncio.sleep(2 * TIMING.tick_s)
+        assert all(islands for agent in (a, b) for islands, _ in agent.reached)
 
     run(work())
 

@@ -112,6 +112,30 @@ def test_a_signal_ends_all_islands(start: Start, end: Path) -> None:
     assert "started again" not in job.output
 
 
+def test_who_is_killed_while_the_job_stops_is_not_started_again(
+    start: Start, script: Script, tmp_path: Path
+) -> None:
+    program = """
+import os, pathlib, signal, sys
+def ask(*_):
+    pathlib.Path(sys.argv[1] + os.environ["OUTLAST_ISLAND"]).touch()
+signal.signal(signal.SIGTERM, ask)
+print("here", flush=True)
+while True:
+    signal.pause()
+"""
+    marks = tmp_path / "mark"
+    job = start("--islands", "2", "--standalone", script(program), str(marks))
+    job.wait_for(lambda: job.output.count("here") == 2)
+    job.process.send_signal(signal.SIGTERM)
+    job.wait_for(lambda: all(Path(f"{marks}{number}").exists() for number in (0, 1)))
+    for number in (0, 1):
+        (agent,) = Island(job, number).wait_for_events("started")
+        psutil.Process(agent["pid"]).kill()
+    assert job.end() == 143
+    assert "started again" not in job.output
+
+
 def test_islands_that_are_launched_one_by_one_find_each_other(start: Start, end: Path) -> None:
     places = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
     flags = ("--rdzv-id", "j", "--islands", "2", "--island-endpoints", places)
