@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 DEMO ?=
-BENCHMARKS := plan codec average membership memory steady recovery same_bits storage convert checkpoint_kills drill soak
+BENCHMARKS := plan codec islands_codec average membership memory steady recovery same_bits storage convert checkpoint_kills drill soak
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo lint types test test-long test-slurm test-gpu bench clean

@@ -39,12 +39,13 @@ def tensor(values: Sequence[float]) -> torch.Tensor:
 
 @st.composite
 def runs(draw: st.DrawFn) -> torch.Tensor:
-    """A few drawn elements somewhere in a run of noise, of zeros or of one value."""
+    """A few drawn elements somewhere in a run of noise, of zeros, of one or nearly one value."""
     count = draw(st.sampled_from((1, 2, 63, 64, 65, 255, 300, 4096, 5001)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     noise = torch.randn(count, generator=generator)
     few = draw(st.lists(ELEMENTS, min_size=1, max_size=12))
-    run = draw(st.sampled_from((noise, torch.zeros(count), torch.full((count,), few[0]))))
+    backgrounds = noise, torch.zeros(count), torch.full((count,), few[0]), 1 + 1e-6 * noise
+    run = draw(st.sampled_from(backgrounds))
     start = draw(st.integers(0, count - 1))
     run[start : start + len(few)] = tensor(few)[: count - start]
     return run
@@ -151,7 +152,8 @@ def test_many_parts_have_the_codes_of_one(name: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", CODECS)
 def test_a_gpu_makes_the_same_codes(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    run = torch.randn(70_000, generator=generator) * 10.0 ** torch.randint(-40, 38, (70_000,))
+    exponents = torch.randint(-40, 38, (70_000,), generator=generator)
+    run = torch.randn(70_000, generator=generator) * 10.0**exponents
     run[30_000:40_000] = tensor(TURNS * 10_000)[:10_000]
     for grain in GRAINS:
         tested = codec(name, grain)
@@ -183,11 +185,20 @@ def e3m0_oracle(block: Sequence[float]) -> list[float]:
     return found
 
 
-@given(block=st.lists(ELEMENTS, min_size=1, max_size=40))
-def test_e3m0_takes_the_nearest_value(block: list[float]) -> None:
-    tested, values = codec("e3m0", 64), tensor(block)
+def check_e3m0(block: Sequence[float]) -> None:
+    tested, values = codec("e3m0", 256), tensor(block)
     decoded = tested.decode(tested.encode(values), len(block))
     assert same(decoded, tensor(e3m0_oracle(values.tolist())))
+
+
+@given(block=st.lists(ELEMENTS, min_size=1, max_size=40))
+def test_e3m0_takes_the_nearest_value(block: list[float]) -> None:
+    check_e3m0(block)
+
+
+def test_e3m0_turns_where_the_oracle_does() -> None:
+    for peak in TURNS[12:24]:
+        check_e3m0([peak, *(turn for turn in TURNS if turn < peak)])
 
 
 def test_e3m0_has_sixteen_codes_of_which_minus_zero_is_refused() -> None:
