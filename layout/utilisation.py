@@ -35,7 +35,7 @@ Array = NDArray[np.float64]
 
 # Cycles that pass before the steady state is measured, or steps for each of `delay`: a link that is
 # a little too slow falls behind little by little, by `delay` steps at most, before the island
-# waits. Tested against runs that are much longer.
+# waits. Then as many are measured, since some cycles may have longer waits than others.
 WARM, WARM_STEPS = 2, 300
 # What `needed` looks at, as multiples of the bandwidth at which the link would be busy all the time
 # if the island never waited: steps of 1 %.
@@ -113,8 +113,7 @@ def utilisation(model: Model, exchange: Exchange, gbits: Array, latency_s: float
     now = link = begun = np.zeros_like(gbits)
     due: dict[int, dict[int, Array]] = {}  # step -> layer whose forward waits -> until when
     warm = max(WARM, -(-WARM_STEPS * exchange.delay // cycle))
-    measured = 2 * (exchange.delay + 1)  # the waits repeat after delay + 1 steps, or every cycle
-    for step in range((warm + measured) * cycle):
+    for step in range(2 * warm * cycle):
         if step == warm * cycle:
             begun = now
         done = 0
@@ -127,7 +126,7 @@ def utilisation(model: Model, exchange: Exchange, gbits: Array, latency_s: float
             link = np.maximum(link, now if exchange.whole else turn + backward * node) + layer_s
             awaiting = due.setdefault(step + 1 + exchange.delay, {})
             awaiting[0 if exchange.whole else layer] = link + exchange.trips * latency_s
-    computed: float = measured * cycle * (3 * model.layers - 1) * node
+    computed: float = warm * cycle * (3 * model.layers - 1) * node
     return computed / (now - begun)
 
 

@@ -12,7 +12,6 @@ from outlast.layout import utilisation as module
 from outlast.layout.fragments import ORDERS
 from outlast.layout.utilisation import (
     WARM,
-    WARM_STEPS,
     Exchange,
     Model,
     at_once,
@@ -25,10 +24,11 @@ EXAMPLES = settings(max_examples=60, deadline=None)
 GBITS = np.geomspace(1e-2, 1e3, 40)
 
 
-def walked(
-    model: Model, exchange: Exchange, gbits: float, latency_s: float, cycles: tuple[int, int]
-) -> float:
-    """Utilisation by the definition: every node ends its duration after the last that it needs."""
+def walked(model: Model, exchange: Exchange, gbits: float, latency_s: float, warm: int) -> float:
+    """Utilisation by the definition: every node ends its duration after the last that it needs.
+
+    Of `warm` cycles after `warm` cycles.
+    """
     last, cycle = model.layers - 1, len(exchange.layers)
     node = model.step_s / 3 / model.layers
     transfer = exchange.bits * model.parameters / model.layers / gbits / 1e9
@@ -72,13 +72,13 @@ def walked(
     def arrived(step: int, place: int) -> float:
         return transferred(step, place) + exchange.trips * latency_s
 
-    for step in range(sum(cycles) * cycle):  # in order, so that nothing recurses deeply
+    for step in range(2 * warm * cycle):  # in order, so that nothing recurses deeply
         for index in range(len(computed)):
             end(step, index)
         transferred(step, 0)
-    begun = end(cycles[0] * cycle - 1, len(computed) - 1)
-    ended = end(sum(cycles) * cycle - 1, len(computed) - 1)
-    return cycles[1] * cycle * len(computed) * node / (ended - begun)
+    begun = end(warm * cycle - 1, len(computed) - 1)
+    ended = end(2 * warm * cycle - 1, len(computed) - 1)
+    return warm * cycle * len(computed) * node / (ended - begun)
 
 
 @st.composite
@@ -98,9 +98,11 @@ def cases(draw: st.DrawFn) -> tuple[Model, Exchange, float]:
 @given(cases(), st.sampled_from([0.3, 3.0, 30.0, 300.0]))
 def test_graph_walked_node_by_node(case: tuple[Model, Exchange, float], gbits: float) -> None:
     model, exchange, latency_s = case
-    warm = max(WARM, -(-WARM_STEPS * exchange.delay // len(exchange.layers)))
-    expected = walked(model, exchange, gbits, latency_s, (warm, 2 + 2 * exchange.delay))
-    found = utilisation(model, exchange, np.array([gbits]), latency_s)
+    warm = max(WARM, 10 * exchange.delay)
+    expected = walked(model, exchange, gbits, latency_s, warm)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "WARM_STEPS", 10 * len(exchange.layers))
+        found = utilisation(model, exchange, np.array([gbits]), latency_s)
     assert found == pytest.approx([expected], rel=1e-9)
 
 
@@ -119,12 +121,13 @@ def test_what_helps_never_harms(case: tuple[Model, Exchange, float]) -> None:
 
 @EXAMPLES
 @given(cases())
-@example((Model(1e8, 1, 0.01), Exchange(4, ((0,),), delay=2), 0.02))  # it repeats every 3 cycles
+@example((Model(1e8, 1, 0.01), Exchange(4, ((0,),), 2), 0.02))  # repeats every 3 cycles
+@example((Model(1e8, 2, 0.01), Exchange(4, ((0,), (1,), ()), 3, trips=2), 0.02))
 def test_what_is_measured_is_the_steady_state(case: tuple[Model, Exchange, float]) -> None:
     model, exchange, latency_s = case
     found = utilisation(model, exchange, GBITS, latency_s)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("WARM", 40), ("WARM_STEPS", 1000)):
+        for name, value in (("WARM", 40), ("WARM_STEPS", 1001)):
             patch.setattr(module, name, value)
         assert utilisation(model, exchange, GBITS, latency_s) == pytest.approx(found, abs=0.004)
 
