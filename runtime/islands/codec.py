@@ -9,8 +9,8 @@ order, and no two codes mean the same: decode accepts exactly what encode can ma
 
 and a sender that lost a worker sends the same bytes again from the decoded state.
 
-"e3m0", 4.03 bit: sign and three bits of exponent, no mantissa (Streaming DiLoCo, section 2.3): 0 or
-    the nearest of +-scale * 2^0 .. 2^-6; scale is the power of two nearest to the largest of 256.
+"e3m0", 4.03 bit: sign and three bits of exponent, no mantissa (Streaming DiLoCo): 0 or the
+    nearest of +-scale * 2^0 .. 2^-6; scale is the power of two nearest to the largest of 256.
 "int8", 8.06 bit: -127 .. 127 times a bfloat16 unit for each 256.
 "topk", 0.227 bit: of each 4096 the 64 of largest magnitude, as SparseLoCo: 12 bits say where, two
     sign and one of two magnitudes (two bfloat16 for each 4096). What was not sent, exact in
