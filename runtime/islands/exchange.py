@@ -2,12 +2,9 @@
 
 One thread carries everything, so that nothing here ever waits in a step. Each peer has a queue and
 a connection of its own, dialled by whoever has something to send and closed again when there is
-nothing: a peer that stalls delays nobody else, and none costs anything between two rounds. A parcel
-is a JSON header and bytes; it goes in frames of a `Session`, and is handed over when it is whole.
-
-    first frame    length of head (u32) | head {"size": of payload, "parcel": header} | payload ...
-    next frames    payload ...
-    answers        {"parcels": how many were handed over on this connection}, after every few frames
+nothing: a peer that stalls delays nobody else, and none costs anything between two rounds. Parcels
+go in frames of a `Session`, and are handed over when they are whole. After every few frames the
+other end answers how many it has handed over on this connection.
 
 What was sent and not answered for when a connection ends is sent again on the next one. So every
 parcel arrives at least once, and those of a topic in order.
@@ -19,22 +16,18 @@ import json
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from outlast.cluster.errors import Misuse
 from outlast.cluster.timing import Timing
 from outlast.cluster.wire import NONCE_BYTES, Rejected, Session, decode
+from outlast.runtime.islands.parcel import Parcel, Unfinished, bodies, pack
 
 Address = tuple[str, int]
 Arrived = Callable[[dict[str, Any], memoryview], None]
-Parcel = tuple[bytes, bytes | memoryview]  # head, payload
 T = TypeVar("T")
 
-# A slow line must get one through within the silence after which a peer counts as stalled.
-FRAME_BYTES = 64 << 10
-HEAD_BYTES_MAX = 512 << 10
-PARCEL_BYTES_MAX = 64 << 20
 STRANGERS_MAX = 64
 _READ_BYTES = 256 << 10
 # Names and numbers of another island that are no address fail in these two ways besides.
@@ -58,7 +51,7 @@ class Exchange:
 
     def __init__(self, host: str, key: bytes, arrived: Arrived, timing: Timing) -> None:
         self.sent_bytes = self.received_bytes = 0
-        self._key, self._arrived, self._timing = key, arrived, timing
+        self.key, self.timing, self._arrived = key, timing, arrived
         self._routes: dict[Address, _Route] = {}
         self._strangers = 0
         self._loop = asyncio.new_event_loop()
@@ -90,7 +83,7 @@ class Exchange:
         Raises:
             ValueError: a parcel is too large: cut it.
         """
-        packed = [_pack(header, payload) for header, payload in parcels]
+        packed = [pack(header, payload) for header, payload in parcels]
         self._loop.call_soon_threadsafe(self._queue, peer, topic, packed)
 
     def keep(self, peers: Iterable[Address]) -> None:
@@ -120,16 +113,13 @@ class Exchange:
 
     def _queue(self, peer: Address, topic: tuple[Any, ...], parcels: list[Parcel]) -> None:
         if peer not in self._routes:
-            route = self._routes[peer] = _Route()
-            route.task = self._loop.create_task(self._feed(peer, route))
-            # A bug there must be seen, and not only as a peer that gets nothing.
-            route.task.add_done_callback(lambda task: task.cancelled() or task.result())
+            self._routes[peer] = _Route(self, peer, self._note_idle)
         self._routes[peer].put(topic, parcels)
         self._note_idle()
 
     def _drop(self, peers: set[Address]) -> None:
         for peer in self._routes.keys() - peers:
-            self._routes.pop(peer).task.cancel()
+            self._routes.pop(peer).drop()
         self._note_idle()
 
     def _note_idle(self) -> None:
@@ -144,47 +134,10 @@ class Exchange:
                 await self._idle.wait()
         return self._idle.is_set()
 
-    # ---- to a peer
-
-    async def _feed(self, peer: Address, route: "_Route") -> None:
-        # A cancellation that meets an error is lost in a group of tasks.
-        while self._routes.get(peer) is route:
-            await route.filled()
-            try:
-                await self._connect(peer, route)
-            except* _UNREACHABLE:
-                pass  # not there yet, stalled, gone, or long idle: what is pending tells
-            await asyncio.sleep(self._timing.heartbeat_s)
-
-    async def _connect(self, peer: Address, route: "_Route") -> None:
-        """Bring what is queued to the peer, until it has said nothing for long."""
-        async with asyncio.timeout(self._timing.connect_s):
-            reader, writer = await asyncio.open_connection(*peer, limit=_READ_BYTES)
-        stream = self._stream(reader, writer, initiator=True)
-        try:
-            await stream.greet(self._timing.handshake_s)
-            route.restart()
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._bring(route, stream))
-                group.create_task(self._heed(route, stream))
-        finally:
-            stream.abort()
-
-    async def _bring(self, route: "_Route", stream: "_Stream") -> None:
-        while True:
-            for body in _bodies(await route.next()):
-                await stream.write(body)
-
-    async def _heed(self, route: "_Route", stream: "_Stream") -> None:
-        while True:
-            for answer in await stream.read(self._timing.busy_silence_s):
-                route.acknowledge(decode(answer).get("parcels"))
-            self._note_idle()
-
     # ---- from a peer
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        stream = self._stream(reader, writer, initiator=False)
+        stream = _Stream(self, reader, writer, initiator=False)
         try:
             if await self._known(stream):
                 await self._receive(stream)
@@ -199,35 +152,28 @@ class Exchange:
             return False
         self._strangers += 1
         try:
-            await stream.greet(self._timing.handshake_s)
+            await stream.greet(self.timing.handshake_s)
         finally:
             self._strangers -= 1
         return True
 
     async def _receive(self, stream: "_Stream") -> None:
         """Hand over what is whole. Whoever sends ends an idle connection long before this end."""
-        limit_s, parcels, unfinished = 2 * self._timing.busy_silence_s, 0, None
-        bodies = stream.early
+        limit_s, parcels, unfinished = 2 * self.timing.busy_silence_s, 0, None
+        arrived = stream.early
         while True:
-            for body in bodies:
+            for body in arrived:
                 if unfinished is None:
-                    unfinished = _Unfinished(body)
+                    unfinished = Unfinished(body)
                 else:
                     unfinished.add(body)
                 if unfinished.whole:
                     self._arrived(unfinished.header, memoryview(unfinished.payload))
                     parcels, unfinished = parcels + 1, None
-            if bodies:  # also where nothing is whole yet: it tells that they arrive
+            if arrived:  # also where nothing is whole yet: it tells that they arrive
                 async with asyncio.timeout(limit_s):
                     await stream.write(json.dumps({"parcels": parcels}).encode())
-            bodies = await stream.read(limit_s)
-
-    def _stream(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, initiator: bool
-    ) -> "_Stream":
-        nonce = secrets.token_bytes(NONCE_BYTES)
-        session = Session("islands", self._key, nonce, initiator=initiator)
-        return _Stream(self, reader, writer, session)
+            arrived = await stream.read(limit_s)
 
 
 class _Stream:
@@ -238,9 +184,12 @@ class _Stream:
         owner: Exchange,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        session: Session,
+        *,
+        initiator: bool,
     ) -> None:
-        self._owner, self._reader, self._writer, self._session = owner, reader, writer, session
+        self._owner, self._reader, self._writer = owner, reader, writer
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        self._session = Session("islands", owner.key, nonce, initiator=initiator)
         self.early: list[bytes] = []  # bodies that came with the introduction of the peer
 
     async def greet(self, limit_s: float) -> None:
@@ -279,16 +228,23 @@ class _Stream:
 
 
 class _Route:
-    """What is on its way to one peer."""
+    """What is on its way to one peer.
 
-    task: asyncio.Task[None]
+    Args:
+        answered: called when anything has been handed over.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: Exchange, peer: Address, answered: Callable[[], None]) -> None:
+        self._owner, self._peer, self._note = owner, peer, answered
         self._waiting: dict[tuple[Any, ...], list[Parcel]] = {}  # of topics that have not begun
         self._begun: deque[Parcel] = deque()  # not answered for
         self._flying = 0  # of those, on the present connection
         self._answered = 0  # parcels, on the present connection
         self._more = asyncio.Event()
+        self._dropped = False
+        self._task = asyncio.get_running_loop().create_task(self._feed())
+        # A bug there must be seen, and not only as a peer that gets nothing.
+        self._task.add_done_callback(lambda task: task.cancelled() or task.result())
 
     @property
     def pending(self) -> bool:
@@ -300,17 +256,49 @@ class _Route:
         self._waiting[topic] = parcels
         self._more.set()
 
-    def restart(self) -> None:
-        """There is a new connection."""
-        self._flying = self._answered = 0
+    def drop(self) -> None:
+        """Send nothing more."""
+        self._dropped = True  # a cancellation that meets an error is lost in a group of tasks
+        self._task.cancel()
 
-    async def filled(self) -> None:
-        """Wait until something is pending."""
-        while not self.pending:
-            self._more.clear()
-            await self._more.wait()
+    async def _feed(self) -> None:
+        while not self._dropped:
+            while not self.pending:
+                self._more.clear()
+                await self._more.wait()
+            try:
+                await self._connect()
+            except* _UNREACHABLE:
+                pass  # not there yet, stalled, gone, or long idle: what is pending tells
+            await asyncio.sleep(self._owner.timing.heartbeat_s)
 
-    async def next(self) -> Parcel:
+    async def _connect(self) -> None:
+        """Bring what is queued to the peer, until it has said nothing for long."""
+        timing = self._owner.timing
+        async with asyncio.timeout(timing.connect_s):
+            reader, writer = await asyncio.open_connection(*self._peer, limit=_READ_BYTES)
+        stream = _Stream(self._owner, reader, writer, initiator=True)
+        try:
+            await stream.greet(timing.handshake_s)
+            self._flying = self._answered = 0
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._bring(stream))
+                group.create_task(self._heed(stream))
+        finally:
+            stream.abort()
+
+    async def _bring(self, stream: _Stream) -> None:
+        while True:
+            for body in bodies(await self._next()):
+                await stream.write(body)
+
+    async def _heed(self, stream: _Stream) -> None:
+        while True:
+            for answer in await stream.read(self._owner.timing.busy_silence_s):
+                self._acknowledge(decode(answer).get("parcels"))
+            self._note()
+
+    async def _next(self) -> Parcel:
         """Wait for what is to be sent next on the present connection."""
         while self._flying == len(self._begun):
             if self._waiting:
@@ -321,7 +309,7 @@ class _Route:
         self._flying += 1
         return self._begun[self._flying - 1]
 
-    def acknowledge(self, parcels: object) -> None:
+    def _acknowledge(self, parcels: object) -> None:
         """The peer has got so many on this connection; raises Rejected if that cannot be."""
         if type(parcels) is not int or not 0 <= parcels - self._answered <= self._flying:
             raise Rejected("an answer to what was not sent")
@@ -329,55 +317,6 @@ class _Route:
             self._begun.popleft()
         self._flying -= parcels - self._answered
         self._answered = parcels
-
-
-class _Unfinished:
-    """A parcel that arrives; what it takes is what has arrived, whatever it says of its size."""
-
-    def __init__(self, body: bytes) -> None:
-        start = 4 + int.from_bytes(body[:4], "big")
-        if not 4 < start <= min(len(body), 4 + HEAD_BYTES_MAX):
-            raise Rejected("a parcel without a head")
-        head = decode(body[4:start])
-        self.header, self._size = head.get("parcel"), head.get("size")
-        if type(self.header) is not dict or type(self._size) is not int:
-            raise Rejected("a parcel with half a head")
-        if not 0 <= self._size <= PARCEL_BYTES_MAX:
-            raise Rejected(f"a parcel of {self._size} bytes, at most {PARCEL_BYTES_MAX}")
-        self.payload = bytearray()
-        self.add(body[start:])
-
-    def add(self, piece: bytes) -> None:
-        """More of the payload."""
-        self.payload += piece
-        if len(self.payload) > self._size:
-            raise Rejected("a parcel larger than it said")
-
-    @property
-    def whole(self) -> bool:
-        """Whether nothing is missing."""
-        return len(self.payload) == self._size
-
-
-def _pack(header: dict[str, Any], payload: bytes | memoryview) -> Parcel:
-    size = memoryview(payload).nbytes
-    text = json.dumps({"size": size, "parcel": header}, separators=(",", ":"), allow_nan=False)
-    head = text.encode()
-    if len(head) > HEAD_BYTES_MAX or size > PARCEL_BYTES_MAX:
-        raise ValueError(
-            f"a parcel of {len(head)} and {size} bytes, at most {HEAD_BYTES_MAX} of header and "
-            f"{PARCEL_BYTES_MAX} of payload"
-        )
-    return len(head).to_bytes(4, "big") + head, payload
-
-
-def _bodies(parcel: Parcel) -> Iterator[bytes]:
-    head, payload = parcel
-    whole = memoryview(payload).cast("B")
-    first = max(0, FRAME_BYTES - len(head))
-    yield head + whole[:first]
-    for start in range(first, len(whole), FRAME_BYTES):
-        yield bytes(whole[start : start + FRAME_BYTES])
 
 
 async def _cancel_all() -> None:

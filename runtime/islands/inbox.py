@@ -64,6 +64,19 @@ class _State:
             covers(self.there.get(role, ()), self.runs) for role in self.widths
         )
 
+    def begin(self, step: int) -> None:
+        """What comes now is of this step; what came before counts only if it is of the same."""
+        if step > self.step:
+            self.step, self.there, self.facts = step, {}, None
+
+    def take(self, role: str, piece: Run, data: memoryview) -> None:
+        """Write what is wanted of a piece."""
+        width, wanted = self.widths[role], intersect([piece], self.runs)
+        for part in wanted:
+            first = (part.start - piece.start) * width
+            self.write(role, part, data[first : first + part.numel * width])
+        self.there[role] = union(self.there.get(role, ()), wanted)
+
 
 class Inbox:
     """Thread-safe; `changed` is notified of whatever comes.
@@ -207,28 +220,16 @@ class Inbox:
                 return  # it came twice
             if header["type"] == "facts":
                 facts: dict[str, Any] = checked(header, "facts", dict)
-                state = self._as_of(state, step)
+                state.begin(step)
                 state.facts = facts
             else:
                 role, piece = checked(header, "role", str), _piece(header)
                 width = state.widths.get(role, 0)
                 if not width or len(data) != piece.numel * width:
                     raise Misuse(f"{len(data)} bytes of {role} are not {piece.numel} elements")
-                self._write(self._as_of(state, step), role, piece, data)
+                state.begin(step)
+                state.take(role, piece, data)
             self.changed.notify_all()
-
-    def _as_of(self, state: _State, step: int) -> _State:
-        """`state`, begun anew if what comes now is of a newer step."""
-        if step > state.step:
-            state.step, state.there, state.facts = step, {}, None
-        return state
-
-    def _write(self, state: _State, role: str, piece: Run, data: memoryview) -> None:
-        width, there = state.widths[role], state.there.get(role, ())
-        for part in intersect([piece], state.runs):
-            first = (part.start - piece.start) * width
-            state.write(role, part, data[first : first + part.numel * width])
-        state.there[role] = union(there, intersect([piece], state.runs))
 
 
 def _piece(header: Mapping[str, Any]) -> Run:

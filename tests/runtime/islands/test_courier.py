@@ -44,7 +44,7 @@ class Rank:
         self.runs, self.codec = list(runs), codec(name, GRAIN)
         self.inbox = Inbox(self.codec, FRAGMENTS, 2)
         self.neighbours = Neighbours(
-            NUMEL, lambda message: None, self.inbox.clear, self.inbox.changed
+            NUMEL, [1 - island], lambda message: None, self.inbox.clear, self.inbox.changed
         )
         timing = Timing(heartbeat_s=0.05)
         self.exchange = Exchange("127.0.0.1", b"key", self.inbox.put, timing)
