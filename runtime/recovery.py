@@ -28,9 +28,11 @@ from outlast.runtime.training import Training
 from outlast.runtime.transfer import Transfer
 
 
-def join(training: Training, fingerprint: str) -> None:
+def join(training: Training, fingerprint: str, anew: bool = False) -> None:
     """Enter the newest generation, and the next one if that ends meanwhile.
 
+    Args:
+        anew: enter the present one once more, as an island does that takes another one's state.
     Raises:
         StateLost: no rung has the state.
         PeerLost: the peers are gone and no new generation came.
@@ -42,7 +44,10 @@ def join(training: Training, fingerprint: str) -> None:
     entered = training.now.generation.view.generation if training.now else 0
     deadline_s = timing.collective_s if training.now else timing.join_s
     while True:
-        generation = training.link.next_generation(entered, deadline_s)
+        if anew:
+            generation, anew = training.membership.generation, False
+        else:
+            generation = training.link.next_generation(entered, deadline_s)
         entered = generation.view.generation
         training.link.pulse.enter(entered)
         try:
@@ -63,17 +68,6 @@ def join(training: Training, fingerprint: str) -> None:
         else:
             training.link.pulse.outside()
             return
-
-
-def enter_anew(training: Training, fingerprint: str) -> None:
-    """Take the state of another island, in the present generation.
-
-    Raises:
-        GenerationChanged, PeerLost: a rank was lost meanwhile; it is taken in the next generation.
-    """
-    training.link.pulse.inside()
-    _Entry(training, training.membership.generation, fingerprint).run()
-    training.link.pulse.outside()
 
 
 class _Entry:

@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -38,7 +38,8 @@ from outlast.runtime import recovery
 from outlast.runtime.allocator import keep_pages
 from outlast.runtime.determinism import pin, seed_all
 from outlast.runtime.flat_model import FlatModel
-from outlast.runtime.islands.outer import Astray, Outer
+from outlast.runtime.islands.council import Astray
+from outlast.runtime.islands.outer import Outer
 from outlast.runtime.islands.outer_optimizer import OUTER_PARAM, outer_roles
 from outlast.runtime.islands.settings import Islands
 from outlast.runtime.link import AgentLink, Link, SoloLink
@@ -188,24 +189,19 @@ class Run:
         settings = replace(self._settings, zero=zero, clip=clip, **safety)
         flat = FlatModel(model, dtype)
         kept = discover(optimizer, flat.device)
-        outer = outer_roles(settings.islands) if settings.islands is not None else ()
-        shape, safe = _shape(flat, kept, outer), settings.protection(flat.space)
+        shape, safe = _shape(flat, kept, settings), settings.protection(flat.space)
         descriptor = self._link.allocate(memory_bytes(shape))
         memory = StateMemory(descriptor, shape)
         os.close(descriptor)
         shards = CohortOptimizer(optimizer, kept)
         self._training = Training(
-            settings,
-            self._link,
-            flat,
-            shards,
-            Schedule(schedule, shards.base_rate),
+            settings, self._link, flat, shards, Schedule(schedule, shards.base_rate),
             Ladder(flat.space, shape, settings.grain, zero == 0, safe, settings.average),
             shard_state(memory, flat.space, flat.device),
-        )
+        )  # fmt: skip
         self._fingerprint = flat.fingerprint()
-        if settings.islands is not None:
-            self._training.outer = Outer(self._training, settings.islands, self._fingerprint)
+        if (islands := settings.islands) is not None:
+            self._training.outer = Outer(self._training, islands, self._fingerprint)
         self._link.ready(flat.device, zero > 0 and bool(safe.m or safe.edges), zero > 0)
         try:
             recovery.join(self._training, self._fingerprint)
@@ -239,7 +235,7 @@ class Run:
                 self._link.pulse.inside()
                 training.membership.redundancy.finish()
                 if failpoint.drilled():
-                    self._tell_digest()
+                    _tell_digest(self, self._link)
                 training.durable.end(training.membership.generation.communicator)
                 if training.outer is not None:
                     training.outer.finish()
@@ -252,21 +248,14 @@ class Run:
                 training.ended = training.committed
         self._link.pulse.outside()
 
-    def recover(self) -> None:
-        """Enter the next generation; the runtime calls this by itself."""
+    def recover(self, anew: bool = False) -> None:
+        """Enter the next generation, or this one anew; the runtime calls this by itself."""
         try:
-            recovery.join(self.training, self._fingerprint)
+            recovery.join(self.training, self._fingerprint, anew)
         except Stopped:
             self._stopped = True
             if self.training.committed < self._due:
                 self._leave()  # else the script has still to log the step
-
-    def enter_anew(self) -> None:
-        """Take the state of another island; the runtime calls this by itself."""
-        try:
-            recovery.enter_anew(self.training, self._fingerprint)
-        except _INTERRUPTED:
-            self.recover()
 
     def _leave(self) -> None:
         """The state is on storage: nothing is left to do."""
@@ -285,7 +274,7 @@ class Run:
     def digest(self, *roles: str) -> str:
         """sha256 over the parameters and the optimizer state, or over some roles of the state;
         equal on all ranks; a collective."""
-        return self._collective(lambda: self._digest(*roles))
+        return self._collective(lambda: self.whole_digest(*roles))
 
     def _collective(self, work: Callable[[], T]) -> T:
         while True:
@@ -324,7 +313,8 @@ class Run:
         finally:
             training.model.param.copy_(mine)
 
-    def _digest(self, *roles: str) -> str:
+    def whole_digest(self, *roles: str) -> str:
+        """What `digest` does in one generation, whose end it raises."""
         digest = hashlib.sha256()
 
         def use(values: Tensor) -> None:
@@ -337,25 +327,25 @@ class Run:
             use(self.training.model.param)
         return digest.hexdigest()
 
-    def _tell_digest(self) -> None:
-        """The bits of a drilled run, for the comparison with its twin."""
-        digest = self._digest()
-        if self.rank == 0:
-            self._link.send(
-                kind="event", event="digest", step=self.training.committed, sha256=digest
-            )
-
     def close(self) -> None:
         """Say that this rank is done; the process may end afterwards."""
         if self._training is not None and self._training.outer is not None:
-            self._training.outer.close()
+            self._training.outer.exchange.close()
         self._link.close()
 
 
-def _shape(flat: FlatModel, kept: OptimizerState, outer: Sequence[str]) -> StateShape:
+def _tell_digest(run: Run, link: Link) -> None:
+    """The bits of a drilled run, for the comparison with its twin."""
+    digest = run.whole_digest()
+    if run.rank == 0:
+        link.send(kind="event", event="digest", step=run.training.committed, sha256=digest)
+
+
+def _shape(flat: FlatModel, kept: OptimizerState, settings: Settings) -> StateShape:
     """The parameters, or their fp32 master, come first."""
     primary = "param" if flat.dtype == torch.float32 else "master"
     roles = [role_of(primary, torch.float32), *(role_of(k, d) for k, d in kept.roles.items())]
+    outer = outer_roles(settings.islands) if settings.islands is not None else ()
     roles += [role_of(name, torch.float32) for name in outer]
     ordered = sorted(roles, key=lambda role: -role.itemsize)  # streams stay aligned
     ordered.sort(key=lambda role: role.name != primary)
@@ -420,7 +410,7 @@ class Step:
             except _INTERRUPTED:
                 run.recover()
             except Astray:
-                run.enter_anew()
+                run.recover(anew=True)  # with the state of another island
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of this leaf's mean loss; may be called for several terms."""

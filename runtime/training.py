@@ -273,26 +273,18 @@ class Training:
         self.committed = index + 1
         self.losses = tuple(losses)
         if drilled():
-            self._tell(now.generation.view.generation)
+            _tell(self, now.generation.view.generation)
         if index == self.restored:
             number = now.generation.view.generation
             self.link.send(kind="event", event="resumed", generation=number, step=self.committed)
         if self.settings.zero == 2:
             self.stack.release()
-        self._clean_up(now)
+        _clean_up(self, now)
         self.protect(self.durable.heed(heads, self.committed))
         if self.outer is not None:
             self.outer.committed(self.recorded, heads)
         _follow_pace(self, heads)
         self.link.pulse.outside()
-
-    def _tell(self, generation: int) -> None:
-        """What a drill compares with the undisturbed twin, step by step."""
-        loss = sum(self.losses) / len(self.losses)
-        self.link.send(
-            kind="event", event="committed", step=self.committed, generation=generation,
-            loss=loss, norm=self.norm,
-        )  # fmt: skip
 
     def _reduce(self, now: Membership) -> Tensor:
         communicator = now.generation.communicator
@@ -306,14 +298,14 @@ class Training:
         """Exchange what is known of the leaves and the grain sums: every rank gets what each rank
         says of its leaves, in rank order, and the same norm."""
         reach("vote", step=self.committed)
+        due = self.committed + 1
         head: dict[str, Any] = {
             "losses": self.stack.losses,
             "found": [[leaf, *values] for leaf, values in self.stack.found.items()],
             "seconds": self.leaf.seconds,
-            **self.durable.say(self.committed + 1),
+            **self.durable.say(due),
+            **({"outer": self.outer.say(due)} if self.outer is not None else {}),
         }
-        if self.outer is not None:
-            head["outer"] = self.outer.say(self.committed + 1)
         if self.ladder.average is not None:
             sizes = self.settings.grain, self.model.space
             head["squares"] = unit_squares(squares, now.reduced, *sizes)
@@ -372,14 +364,6 @@ class Training:
             )
         self.gathered = step
 
-    def _clean_up(self, now: Membership) -> None:
-        """Two commits after a recovery nothing refers to older layouts or dead memories."""
-        if self.committed == self.restored + 2:
-            self.state.trim()
-            me = self.link.identity.holder
-            if me == now.generation.first_of_node(me):
-                self.link.send(kind="release", generation=now.generation.view.generation)
-
     def protect(self, stage: Stage | None = None) -> None:
         """Begin the parity of the newest step, and its save, beside the leaves of the next."""
         reach("protect", step=self.committed - 1)
@@ -401,6 +385,24 @@ class Training:
         whole = torch.empty(self.model.space.numel, dtype=dtype, device=self.model.device)
         spread(now.generation.communicator, now.plan, values.to(dtype), whole)
         use(whole)
+
+
+def _tell(training: Training, generation: int) -> None:
+    """What a drill compares with the undisturbed twin, step by step."""
+    loss = sum(training.losses) / len(training.losses)
+    training.link.send(
+        kind="event", event="committed", step=training.committed, generation=generation,
+        loss=loss, norm=training.norm,
+    )  # fmt: skip
+
+
+def _clean_up(training: Training, now: Membership) -> None:
+    """Two commits after a recovery nothing refers to older layouts or dead memories."""
+    if training.committed == training.restored + 2:
+        training.state.trim()
+        me = training.link.identity.holder
+        if me == now.generation.first_of_node(me):
+            training.link.send(kind="release", generation=now.generation.view.generation)
 
 
 def _follow_pace(training: Training, heads: Sequence[Mapping[str, Any]]) -> None:

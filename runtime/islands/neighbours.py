@@ -72,6 +72,7 @@ class Neighbours:
 
     Args:
         numel: elements of the model.
+        others: their numbers.
         say: tells all ranks of all other islands.
         began_anew: told of an island, and of the step from which it goes on with another state.
         changed: notified of everything that is heard.
@@ -80,11 +81,13 @@ class Neighbours:
     def __init__(
         self,
         numel: int,
+        others: Sequence[int],
         say: Callable[[dict[str, Any]], None],
         began_anew: Callable[[int, int], None],
         changed: threading.Condition,
     ) -> None:
         self._numel, self._say, self._began_anew, self.changed = numel, say, began_anew, changed
+        self.others = tuple(others)
         self.closings: dict[tuple[int, int], dict[str, Any]] = {}
         self.asks: dict[str, tuple[int, int]] = {}  # name -> (island that asks, ranks of it)
         self._places: dict[int, dict[int, Place]] = {}  # island -> holder, newest last
@@ -146,10 +149,11 @@ class Neighbours:
         self._mine = place
         self._repeat()
 
-    def close(self, fragment: int, step: int, closing: dict[str, Any]) -> None:
-        """Tell that a round is closed."""
+    def close(self, fragment: int, step: int, closing: dict[str, Any], say: bool) -> None:
+        """Note, and tell, that a round is closed."""
         self.closings[fragment, step] = closing
-        self._say({"type": "closing", "fragment": fragment, "step": step, **closing})
+        if say:
+            self._say({"type": "closing", "fragment": fragment, "step": step, **closing})
 
     def ask(self, name: str, size: int) -> None:
         """Ask for the state; which island is meant is part of the name."""
@@ -174,6 +178,18 @@ class Neighbours:
             known = list(self._places.get(island, {}).values())
         team = [place for place in known if place.team == known[-1].team]
         return team if known and len(team) == known[-1].size else []
+
+    def asking(self, me: int) -> list[str]:
+        """Who asks island `me` for its state and could be given it: all ranks there are known."""
+        with self.changed:
+            asks = list(self.asks.items())
+        mine = [(name, *ask) for name, ask in asks if name.split("-")[1:2] == [str(me)]]
+        return [name for name, island, size in mine if len(self.places(island)) == size]
+
+    def take_up(self, name: str) -> int:
+        """The island that asks so; it is answered once."""
+        with self.changed:
+            return self.asks.pop(name)[0]
 
     def training(self) -> dict[int, Place]:
         """Islands in reach that train -> one of their ranks."""

@@ -35,6 +35,9 @@ class Islands:
             "median" (for islands that nobody trusts).
         feedback: beta of the error feedback, with codec "topk" only.
         patience_s: how long to wait for an island that is in reach and does not come.
+        record: directory where all that is averaged is kept, of each island in "islandIofN".
+        replay: such a directory of one island, which is to be trained once more on what it has
+            received then; other islands are not listened to.
     Raises:
         Misuse: a setting cannot work.
     """
@@ -50,6 +53,8 @@ class Islands:
     rule: str = "mean"
     feedback: float = 0.95
     patience_s: float = 30.0
+    record: str = ""
+    replay: str = ""
 
     def __post_init__(self) -> None:
         delays = self.delay.values() if isinstance(self.delay, Mapping) else _several(self.delay)

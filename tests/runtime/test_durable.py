@@ -306,6 +306,9 @@ def test_a_place_that_takes_nothing_is_told_at_the_start(tmp_path: Path) -> None
 
 def test_other_numerics_are_told(tmp_path: Path) -> None:
     train(tmp_path / "steps", 2)
-    other = lambda contents: replace(contents, run=contents.run | {"numerics": "of another age"})  # noqa: E731
+
+    def other(contents: Contents) -> Contents:
+        return replace(contents, run=contents.run | {"numerics": "of another age"})
+
     with pytest.warns(UserWarning, match="of another age.*the bits will be others"):
         train(rewritten(tmp_path / "steps", other), 3)
