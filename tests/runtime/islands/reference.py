@@ -168,7 +168,7 @@ class Reference:
         from outlast.runtime.islands import rules
 
         if self.settings.rule == "trimmed":
-            return rules.trimmed_mean(torch.stack(list(vectors.values())), rules.trim(len(vectors)))
+            return rules.trimmed_mean(torch.stack(list(vectors.values())), (len(vectors) - 1) // 2)
         at = island.runs.index(run)
         gram = rules.total(rules.grain_grams(list(vectors.values()), [run], island.grain))
         weights, island.guards[at], _ = rules.weights(
