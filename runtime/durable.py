@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from outlast.checkpoint.contents import Contents
+from outlast.checkpoint.contents import PARAM, Contents
 from outlast.checkpoint.every import Every
 from outlast.checkpoint.grid import grid
 from outlast.checkpoint.native import metadata
@@ -24,6 +24,7 @@ from outlast.cluster.errors import Misuse, StateLost, Stopped
 from outlast.layout.run import Run
 from outlast.runtime.collectives import Communicator
 from outlast.runtime.errand import Errand, StillWanted, together
+from outlast.runtime.islands.outer_optimizer import OUTER_PARAM
 from outlast.runtime.saving import Phase, Saving, Stage
 from outlast.runtime.staging import stored_roles
 from outlast.runtime.stored_run import fitting, record_of
@@ -124,7 +125,12 @@ class Durable:
                 memory.begin(0)
             for role, stored in stored_roles(memory.shape):
                 for shard, run in parts(space, owned):
-                    array, first = arrays[f"{stored}/{shard.name}"], space.offset(shard.name)
+                    # What an island has besides begins as a copy of the parameters, or with zeros.
+                    name = PARAM if role.name == OUTER_PARAM else stored
+                    array = arrays.get(f"{stored}/{shard.name}", arrays.get(f"{name}/{shard.name}"))
+                    if array is None:
+                        continue
+                    first = space.offset(shard.name)
                     values = source.read(array, run.start - first, run.stop - first)
                     with wanted.held():
                         memory.run_bytes(0, role, run)[:] = values.view(np.uint8)

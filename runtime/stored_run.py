@@ -14,6 +14,7 @@ from outlast.checkpoint.contents import Array, Contents, Group
 from outlast.checkpoint.records import Averaging, Lineage, SlotRecord
 from outlast.cluster.errors import Corrupt, Misuse
 from outlast.runtime.determinism import numerics
+from outlast.runtime.islands.outer_optimizer import OUTER_ROLES
 from outlast.runtime.staging import stored_arrays
 
 if TYPE_CHECKING:
@@ -77,6 +78,10 @@ def fitting(training: "Training", contents: Contents, where: object) -> dict[str
             stacklevel=2,
         )
     wanted = [*stored_arrays(state.memory.shape, state.space), *training.untrained.arrays]
+    # A job may become an island, or an island go on alone.
+    there = {array.role for array in contents.arrays}
+    wanted = [array for array in wanted if array.role in there or array.role not in OUTER_ROLES]
+    mine_too = {array.role for array in wanted}
     found = {array.key: array for array in contents.arrays}
     found |= {f"{a.role}/{name}": a for a in contents.arrays
               for name, target in contents.aliases.items() if target == a.name}  # fmt: skip
@@ -86,7 +91,8 @@ def fitting(training: "Training", contents: Contents, where: object) -> dict[str
              for key, (a, b) in pairs.items()
              if b is not None and (a.shape, a.dtype) != (b.shape, b.dtype)]  # fmt: skip
     used = {array for _, array in pairs.values()}
-    extra = [array.key for array in contents.arrays if array not in used]
+    unread = [array for array in contents.arrays if array not in used]
+    extra = [a.key for a in unread if a.role in mine_too or a.role not in OUTER_ROLES]
     scalars = {tuple(sorted(group.scalars.items())) for group in contents.groups}
     told_of = {name for group in scalars for name, _ in group}
     # Before the first step there is nothing to count.

@@ -17,7 +17,7 @@ from outlast.runtime.collectives import Communicator
 from outlast.runtime.islands.closing import Round, verdict
 from outlast.runtime.islands.codec import Codec
 from outlast.runtime.islands.inbox import Inbox
-from outlast.runtime.islands.neighbours import Neighbours
+from outlast.runtime.islands.neighbours import TRAINING, Neighbours
 from outlast.runtime.islands.replay import Replay
 from outlast.runtime.islands.settings import Islands
 
@@ -100,7 +100,9 @@ class Council:
         """What rank 0 adds to its vote: whom to wait for, and for how long."""
         self._absent -= set(whole)
         reach = self._neighbours.reach
-        there = {j: p for j, p in self._neighbours.training().items() if j not in self._absent}
+        there = {
+            j: p for j, p in self._neighbours.newest(TRAINING).items() if j not in self._absent
+        }
         waited_s = time.monotonic() - self._due_since.get(at.key, inf)
         leader = min([self._me, *there])
         if leader != self._me and waited_s > 2 * self._patience_s:

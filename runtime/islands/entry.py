@@ -18,7 +18,7 @@ from outlast.checkpoint.records import SlotRecord
 from outlast.cluster.errors import Misuse
 from outlast.layout.run import Run
 from outlast.runtime.islands.facts import Facts
-from outlast.runtime.islands.neighbours import WAITING
+from outlast.runtime.islands.neighbours import TRAINING, WAITING
 from outlast.runtime.link import Generation
 
 if TYPE_CHECKING:
@@ -78,21 +78,20 @@ class Entry:
         if self._communicator.rank:
             return _Word()
         names = tuple(version.name for version in outer.facts.versions)
-        training = outer.neighbours.training()
+        training, waiting = (outer.neighbours.newest(state) for state in (TRAINING, WAITING))
+        for island, place in (training | waiting).items():
+            if place.settings != outer.common:
+                raise Misuse(
+                    f"island {island} has other settings, or starts from another model: give all "
+                    "islands the same Islands(...), and build the model after outlast.init(seed=…)"
+                )
         if training:
             donor = min(training)
             place = training[donor]
-            if self._step == 0 and place.began == 0 and len(place.versions) != len(names):
-                raise Misuse(
-                    f"island {donor} has {len(place.versions)} fragments, this one {len(names)}: "
-                    "give all islands the same model and settings"
-                )
             near = abs(place.step - self._step) < outer.settings.every
             if place.versions == names and near and not outer.astray:
                 return _Word(begin=True)
             return _Word(donor=donor, name=f"{outer.island}-{donor}-{secrets.token_hex(8)}")
-        teams = {j: outer.neighbours.places(j) for j in outer.neighbours.reach}
-        waiting = {j: team[-1] for j, team in teams.items() if team and team[-1].state == WAITING}
         best = max([(place.step, -j) for j, place in waiting.items()], default=(-1, 0))
         like = best[0] == self._step and waiting[-best[1]].versions == names
         first = best < (self._step, -outer.island)

@@ -143,6 +143,8 @@ class Exchange:
                 await self._receive(stream)
         except (OSError, Rejected):
             pass  # what is missing will be sent again
+        except asyncio.CancelledError:
+            pass  # by `close`; asyncio would print where it was
         finally:
             stream.abort()
 

@@ -27,6 +27,7 @@ class Place:
         team: of one generation of the island; `size` ranks have it.
         began: step at which the island began to take part.
         versions: of the outer parameters, by fragment.
+        settings: what all islands must have in common, and the model.
     """
 
     holder: int
@@ -38,6 +39,7 @@ class Place:
     state: str
     began: int
     versions: tuple[str, ...]
+    settings: str
 
     def as_json(self) -> dict[str, Any]:
         """A message."""
@@ -45,7 +47,7 @@ class Place:
             "type": "place", "holder": self.holder, "team": self.team, "size": self.size,
             "host": self.address[0], "port": self.address[1], "runs": pack_runs(self.runs),
             "step": self.step, "state": self.state, "began": self.began,
-            "versions": list(self.versions),
+            "versions": list(self.versions), "settings": self.settings,
         }  # fmt: skip
 
     @staticmethod
@@ -64,6 +66,7 @@ class Place:
             holder, field(message, "team", str), size,
             (field(message, "host", str), field(message, "port", int, 1, 65535)), runs, step,
             field(message, "state", str), field(message, "began", int), versions,
+            field(message, "settings", str),
         )  # fmt: skip
 
 
@@ -191,7 +194,11 @@ class Neighbours:
         with self.changed:
             return self.asks.pop(name)[0]
 
-    def training(self) -> dict[int, Place]:
-        """Islands in reach that train -> one of their ranks."""
-        found = {island: self.places(island) for island in self._reach}
-        return {j: team[-1] for j, team in found.items() if team and team[-1].state == TRAINING}
+    def newest(self, state: str) -> dict[int, Place]:
+        """Islands in reach that are in this state -> the rank that was heard of last.
+
+        Also while not all of its ranks are known, as after a loss: that is its own affair.
+        """
+        with self.changed:
+            found = {j: [*self._places.get(j, {}).values()][-1:] for j in self._reach}
+        return {j: place for j, last in found.items() for place in last if place.state == state}

@@ -86,7 +86,8 @@ class Outer:
             self._recorder = Recorder(Path(settings.record) / name)
         if settings.replay:
             self.council = Record(Replay(Path(settings.replay), made), made)
-        self.initial = self.facts = self._next = Facts.initial(count, model[:16])
+        self.common = settings.common(model)
+        self.initial = self.facts = self._next = Facts.initial(count, self.common)
         self.astray = False  # a peer's state has to be taken before the next step
         self._of: list[int] = []  # fragment of every owned run
         self._units: list[int] = []
@@ -122,10 +123,10 @@ class Outer:
         team = f"{generation.view.generation}-{sha256(agents).hexdigest()[:8]}"
         holder, size = self._training.link.identity.holder, generation.communicator.size
         began, versions = self.facts.began, tuple(each.name for each in self.facts.versions)
-        address = self.exchange.address
-        self.neighbours.here(
-            Place(holder, team, size, address, tuple(owned), step, state, began, versions)
-        )
+        self.neighbours.here(Place(
+            holder, team, size, self.exchange.address, tuple(owned), step, state, began, versions,
+            self.common,
+        ))  # fmt: skip
 
     # ---- a step
 
@@ -229,7 +230,7 @@ class Outer:
         end = time.monotonic() + self.settings.patience_s
         while not self.exchange.flush(timing.tick_s) and time.monotonic() < end:
             self._training.check()
-            there = self.neighbours.training()
+            there = self.neighbours.newest(TRAINING)
             self.exchange.keep(p.address for j in there for p in self.neighbours.places(j))
 
     def _tell(self, event: str, **facts: Any) -> None:

@@ -20,6 +20,7 @@ from outlast.runtime.islands.settings import Islands
 
 OUTER_PARAM, OUTER_MOMENTUM, PSEUDOGRADIENT = "outer_param", "outer_momentum", "pseudogradient"
 RESIDUAL = "residual"
+OUTER_ROLES = (OUTER_PARAM, OUTER_MOMENTUM, PSEUDOGRADIENT, RESIDUAL)
 
 Live = Mapping[str, Sequence[Tensor]]  # role -> a view per owned run
 Gather = Callable[[bytes], list[bytes]]
@@ -28,8 +29,7 @@ Guard = dict[str, Any]
 
 def outer_roles(settings: Islands) -> tuple[str, ...]:
     """Roles that an island has besides those of its inner optimizer, all float32."""
-    roles = (OUTER_PARAM, OUTER_MOMENTUM, PSEUDOGRADIENT)
-    return (*roles, RESIDUAL) if settings.codec == "topk" else roles
+    return OUTER_ROLES if settings.codec == "topk" else OUTER_ROLES[:-1]
 
 
 class OuterOptimizer:

@@ -6,6 +6,7 @@ the outer learning rate are theirs; a value for the outer momentum is that of Di
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TypeVar
 
 from outlast.cluster.errors import Misuse
@@ -19,7 +20,7 @@ RULES = ("mean", "edit", "trimmed", "median")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Islands:
-    """Settings of the exchange, the same on all islands but for `delay`.
+    """Settings of the exchange, the same on all islands but for `delay` and `patience_s`.
 
     Args:
         every: H, steps between two exchanges of one fragment.
@@ -76,6 +77,13 @@ class Islands:
         for holds, complaint in demands:
             if not holds:
                 raise Misuse(f"Islands({complaint})")
+
+    def common(self, model: str) -> str:
+        """A name for what all islands must have in common, and for the model they start from."""
+        names = ("every", "fragment", "order", "mixing", "outer_lr", "outer_momentum", "codec",
+                 "rule", "feedback")  # fmt: skip
+        text = f"{model} {[getattr(self, name) for name in names]}"
+        return sha256(text.encode()).hexdigest()[:16]
 
     def delays(self, island: int, fragments: int) -> tuple[int, ...]:
         """tau of each fragment on `island`."""
