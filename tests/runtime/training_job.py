@@ -22,6 +22,8 @@ WAIT_S = 150.0  # for machines that do much else
 class TrainingJob:
     """`outlast launch` of the training script; logs go to `directory`."""
 
+    program = SCRIPT
+
     def __init__(
         self,
         directory: Path,
@@ -33,7 +35,7 @@ class TrainingJob:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._out = directory / f"{time.time_ns()}.out"
-        command = [*LAUNCH, "--log-dir", str(directory), *launch, SCRIPT, *script]
+        command = [*LAUNCH, "--log-dir", str(directory), *launch, self.program, *script]
         with self._out.open("wb") as out:
             self.process = subprocess.Popen(
                 command,
