@@ -17,7 +17,7 @@ from outlast.runtime.collectives import Communicator
 from outlast.runtime.islands.closing import Round, verdict
 from outlast.runtime.islands.codec import Codec
 from outlast.runtime.islands.inbox import Inbox
-from outlast.runtime.islands.neighbours import TRAINING, Neighbours
+from outlast.runtime.islands.neighbours import Neighbours
 from outlast.runtime.islands.replay import Replay
 from outlast.runtime.islands.settings import Islands
 
@@ -74,7 +74,7 @@ class Council:
         self, me: int, settings: Islands, neighbours: Neighbours, inbox: Inbox, tell: Tell,
         poll_s: float,
     ) -> None:  # fmt: skip
-        self._me, self._patience_s = me, settings.patience_s
+        self._me, self._every, self._patience_s = me, settings.every, settings.patience_s
         self._neighbours, self._inbox, self._tell, self._poll_s = neighbours, inbox, tell, poll_s
         self.waited_s = 0.0
         self._absent: set[int] = set()  # in reach, and not waited for
@@ -100,9 +100,8 @@ class Council:
         """What rank 0 adds to its vote: whom to wait for, and for how long."""
         self._absent -= set(whole)
         reach = self._neighbours.reach
-        there = {
-            j: p for j, p in self._neighbours.newest(TRAINING).items() if j not in self._absent
-        }
+        partners = self._neighbours.partners(self._every).items()
+        there = {j: place for j, place in partners if j not in self._absent}
         waited_s = time.monotonic() - self._due_since.get(at.key, inf)
         leader = min([self._me, *there])
         if leader != self._me and waited_s > 2 * self._patience_s:

@@ -26,7 +26,7 @@ class Place:
     Args:
         team: of one generation of the island; `size` ranks have it.
         began: step at which the island began to take part.
-        versions: of the outer parameters, by fragment.
+        versions: of the outer parameters, by fragment; none of an island that is astray.
         settings: what all islands must have in common, and the model.
     """
 
@@ -106,8 +106,8 @@ class Neighbours:
         with self.changed:
             try:
                 self._hear(island, message)
-            except Misuse as error:
-                self.refused = str(error)
+            except (Misuse, TypeError, ValueError, KeyError) as error:
+                self.refused = f"island {island}: {error}"
             self.changed.notify_all()
 
     def _hear(self, island: int, message: dict[str, Any]) -> None:
@@ -202,3 +202,13 @@ class Neighbours:
         with self.changed:
             found = {j: [*self._places.get(j, {}).values()][-1:] for j in self._reach}
         return {j: place for j, last in found.items() for place in last if place.state == state}
+
+    def partners(self, within: int) -> dict[int, Place]:
+        """Islands in reach that train, or are just about to: they have the outer parameters of this
+        one and are less than `within` steps away, so they need nothing from anybody."""
+        mine = self._mine
+        about = {} if mine is None else {
+            j: place for j, place in self.newest(WAITING).items()
+            if place.versions == mine.versions and abs(place.step - mine.step) < within
+        }  # fmt: skip
+        return about | self.newest(TRAINING)

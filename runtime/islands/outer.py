@@ -86,7 +86,8 @@ class Outer:
             self._recorder = Recorder(Path(settings.record) / name)
         if settings.replay:
             self.council = Record(Replay(Path(settings.replay), made), made)
-        self.common = settings.common(model)
+        shared = training.settings
+        self.common = settings.common(f"{model} {shared.seed} {shared.leaves} {shared.grain}")
         self.initial = self.facts = self._next = Facts.initial(count, self.common)
         self.astray = False  # a peer's state has to be taken before the next step
         self._of: list[int] = []  # fragment of every owned run
@@ -122,7 +123,8 @@ class Outer:
         agents = "".join(generation.view.agents).encode()
         team = f"{generation.view.generation}-{sha256(agents).hexdigest()[:8]}"
         holder, size = self._training.link.identity.holder, generation.communicator.size
-        began, versions = self.facts.began, tuple(each.name for each in self.facts.versions)
+        began = self.facts.began
+        versions = () if self.astray else tuple(each.name for each in self.facts.versions)
         self.neighbours.here(Place(
             holder, team, size, self.exchange.address, tuple(owned), step, state, began, versions,
             self.common,
