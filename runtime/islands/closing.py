@@ -60,12 +60,14 @@ class Verdict:
         closed: this island has just decided so, and tells the others.
         missed: islands that were given up.
         astray: an island that knows better: take its state, and go on from there.
+        wanted: islands that count and can send nothing any more: others may have what they sent.
     """
 
     islands: tuple[int, ...] | None = None
     closed: bool = False
     missed: tuple[int, ...] = ()
     astray: int | None = None
+    wanted: tuple[int, ...] = ()
 
 
 WAIT = Verdict()
@@ -99,9 +101,12 @@ def verdict(at: Round, votes: Sequence[Mapping[str, Any]], me: int) -> Verdict:
         absent = set(islands) - same
         if not absent:
             return Verdict(islands)
-        if not absent & {me, *first["lost"]}:
+        beyond = absent & {me, *first["lost"]}
+        if not beyond:
             return WAIT
-        if there:  # what nobody can send any more is in the state of those who had it
+        if there and me not in beyond and not first["late"]:
+            return Verdict(wanted=tuple(sorted(beyond)))
+        if there:  # what nobody sends any more is in the state of those who had it
             return Verdict(astray=min(there))
     takes_part = {island for island, began in there.items() if began < at.step}
     if at.contributed or not takes_part:

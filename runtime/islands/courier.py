@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from outlast.layout.run import Run, intersect
+from outlast.runtime.islands.closing import Version
 from outlast.runtime.islands.codec import Codec
 from outlast.runtime.islands.exchange import Exchange
 from outlast.runtime.islands.facts import Facts
+from outlast.runtime.islands.inbox import Inbox
 from outlast.runtime.islands.neighbours import Neighbours, Place
 
 # Elements of one parcel, at most: it is kept whole at both ends, and sent again from its start.
@@ -44,26 +46,44 @@ class Courier:
         teams = [self._neighbours.places(island) for island in self._neighbours.reach]
         places = [place for team in teams for place in team]
         self._exchange.keep({place.address for place in places})
-        sent = [(p, at[0]) for p, at in enumerate(facts.sent) if at is not None]
+        sent = [(p, at) for p, at in enumerate(facts.sent) if at is not None]
         # A rank that stays owns other runs in its next team.
-        owed = {(p, step, place.team, place.holder) for p, step in sent for place in places}
+        owed = {(p, at[0], place.team, place.holder) for p, at in sent for place in places}
         for place in places:
-            for fragment, step in sent:
-                if (fragment, step, place.team, place.holder) in self._brought:
+            for fragment, at in sent:
+                if (fragment, at[0], place.team, place.holder) in self._brought:
                     continue
-                chosen = [(run, value) for run, value, at in zip(runs, values, of, strict=True)
-                          if at == fragment]  # fmt: skip
-                if parcels := self._parcels(facts, fragment, chosen, place):
+                chosen = [(run, value) for run, value, p in zip(runs, values, of, strict=True)
+                          if p == fragment]  # fmt: skip
+                if parcels := self._parcels(self._island, fragment, at, chosen, place):
                     self._exchange.send(place.address, ("contribution", fragment), parcels)
         self._brought = owed
 
+    def enter(self) -> None:
+        """This rank may own what another one has not brought any more: bring everything again."""
+        self._brought.clear()
+
+    def pass_on(self, inbox: Inbox, runs: Sequence[Run], of: Sequence[int]) -> None:
+        """Send what others want of a third island's contribution, and this rank has."""
+        while self._neighbours.wants:
+            (asker, fragment, step, island), _ = self._neighbours.wants.popitem()
+            mine = [run for run, at in zip(runs, of, strict=True) if at == fragment]
+            base = inbox.base(fragment, step, island)
+            if base is None or not mine or not inbox.covers(fragment, step, island, mine):
+                continue
+            chosen = [*zip(mine, inbox.codes(fragment, step, island, mine), strict=True)]
+            facts = step, Version(*base)
+            for place in self._neighbours.places(asker):
+                if parcels := self._parcels(island, fragment, facts, chosen, place):
+                    topic = ("passed on", fragment, island)
+                    self._exchange.send(place.address, topic, parcels)
+
     def _parcels(
-        self, facts: Facts, fragment: int, chosen: Sequence[tuple[Run, Tensor]], place: Place
-    ) -> list[tuple[dict[str, Any], bytes]]:
-        sent = facts.sent[fragment]
-        assert sent is not None, "it is owed"
+        self, island: int, fragment: int, sent: tuple[int, Version],
+        chosen: Sequence[tuple[Run, Tensor]], place: Place,
+    ) -> list[tuple[dict[str, Any], bytes]]:  # fmt: skip
         head = {
-            "type": "contribution", "island": self._island, "fragment": fragment, "step": sent[0],
+            "type": "contribution", "island": island, "fragment": fragment, "step": sent[0],
             "base": sent[1].name, "weight": sent[1].weight, "codec": self._codec.name,
         }  # fmt: skip
         return [

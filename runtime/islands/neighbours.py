@@ -6,6 +6,8 @@ said again when an agent of another island has come into reach.
 """
 
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,10 @@ from outlast.cluster.view import field
 from outlast.layout.run import Run
 
 WAITING, TRAINING, DONE = "waiting", "training", "done"
-KEPT_ROUNDS = 256  # closings
+KEPT_ROUNDS = 256  # closings, and questions
+_ASK_AGAIN_S = 1.0
+
+Want = tuple[int, int, int, int]  # island that asks, fragment, step, island of the contribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +98,13 @@ class Neighbours:
         self.others = tuple(others)
         self.closings: dict[tuple[int, int], dict[str, Any]] = {}
         self.asks: dict[str, tuple[int, int]] = {}  # name -> (island that asks, ranks of it)
+        self.wants: dict[Want, None] = {}  # what others heard of and have not got
+        self._wanted: dict[tuple[int, int, int], float] = {}
         self._places: dict[int, dict[int, Place]] = {}  # island -> holder, newest last
         self._began: dict[int, int] = {}
-        self._reach: tuple[int, ...] = ()
+        self.reach: tuple[int, ...] = ()  # islands
         self._mine: Place | None = None
-        self.refused = ""
+        self.refused: deque[str] = deque(maxlen=64)
 
     # ---- what is heard, in the thread of the link
 
@@ -107,7 +114,7 @@ class Neighbours:
             try:
                 self._hear(island, message)
             except (Misuse, TypeError, ValueError, KeyError) as error:
-                self.refused = f"island {island}: {error}"
+                self.refused.append(f"a message of island {island}: {error}"[:300])
             self.changed.notify_all()
 
     def _hear(self, island: int, message: dict[str, Any]) -> None:
@@ -127,6 +134,12 @@ class Neighbours:
         elif kind == "ask":
             name, size = field(message, "name", str), field(message, "size", int, 1, 1 << 20)
             self.asks[name] = (island, size)
+        elif kind == "want":
+            names = ("fragment", "step", "island")
+            fragment, step, of = (field(message, name, int) for name in names)
+            self.wants[island, fragment, step, of] = None
+            for old in list(self.wants)[:-KEPT_ROUNDS]:
+                del self.wants[old]
 
     def _close(self, message: dict[str, Any]) -> None:
         islands = message.get("islands")
@@ -141,7 +154,7 @@ class Neighbours:
     def reached(self, islands: Sequence[int], count: int) -> None:
         """Islands that are in reach now, or again."""
         with self.changed:
-            self._reach = tuple(islands)
+            self.reach = tuple(islands)
             self.changed.notify_all()
         self._repeat()
 
@@ -162,6 +175,13 @@ class Neighbours:
         """Ask for the state; which island is meant is part of the name."""
         self._say({"type": "ask", "name": name, "size": size})
 
+    def want(self, fragment: int, step: int, island: int) -> None:
+        """Ask for what an island has sent to others before it fell silent; now and then."""
+        now, key = time.monotonic(), (fragment, step, island)
+        if now >= self._wanted.get(key, 0.0):
+            self._wanted = {key: now + _ASK_AGAIN_S}
+            self._say({"type": "want", "fragment": fragment, "step": step, "island": island})
+
     def _repeat(self) -> None:
         if self._mine is not None:
             newest = list(self.closings.items())[-16:]
@@ -169,11 +189,6 @@ class Neighbours:
             self._say(self._mine.as_json() | {"closings": closings})
 
     # ---- what is known
-
-    @property
-    def reach(self) -> tuple[int, ...]:
-        """Islands in reach."""
-        return self._reach
 
     def places(self, island: int) -> list[Place]:
         """The ranks of an island, in the generation that was heard of last, if all are known."""
@@ -200,7 +215,7 @@ class Neighbours:
         Also while not all of its ranks are known, as after a loss: that is its own affair.
         """
         with self.changed:
-            found = {j: [*self._places.get(j, {}).values()][-1:] for j in self._reach}
+            found = {j: [*self._places.get(j, {}).values()][-1:] for j in self.reach}
         return {j: place for j, last in found.items() for place in last if place.state == state}
 
     def partners(self, within: int) -> dict[int, Place]:

@@ -109,6 +109,7 @@ class Outer:
         self._generation = generation
         self.facts = self._next = Facts.from_json(facts) if facts else self.initial
         self.council.enter(generation.communicator)
+        self.courier.enter()
         home = {unit: p for p, fragment in enumerate(self.fragments) for unit in fragment.units}
         units = [i for i, unit in enumerate(self._space.units) if unit.numel]
         edges = [self._space.units[i].start for i in units]
@@ -135,12 +136,18 @@ class Outer:
     def say(self, step: int) -> dict[str, Any]:
         """This rank's word on the rounds that are on their way when `step` steps will be done."""
         self._bring(self._training.state.live(PSEUDOGRADIENT))
+        for refused in (self.inbox.refused, self.neighbours.refused):
+            while refused:
+                cause = refused.popleft()
+                self._training.link.send(kind="event", event="island_refused", cause=cause)
         pending = self._pending(step)
         rounds = {at.key: self.council.vote(at, self._chosen(at.fragment)[1]) for at in pending}
         return {"rounds": rounds, "asks": self.neighbours.asking(self.island)}
 
     def _bring(self, values: Sequence[Tensor]) -> None:
-        self.courier.bring(self._next, values, self._training.state.runs, self._of)
+        runs = self._training.state.runs
+        self.courier.bring(self._next, values, runs, self._of)
+        self.courier.pass_on(self.inbox, runs, self._of)
 
     def _pending(self, step: int) -> list[Round]:
         flying = [*self.rounds.flying(step - 1, self._delays), *self.rounds.due(step, self._delays)]

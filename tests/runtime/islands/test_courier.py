@@ -56,7 +56,7 @@ class Rank:
         for holder, rank in enumerate(ranks):
             place = Place(
                 holder, team, len(ranks), rank.exchange.address, tuple(rank.runs), STEP,
-                "training", 0, ("v", "w"),
+                "training", 0, ("v", "w"), "settings",
             )  # fmt: skip
             self.neighbours.heard(island, place.as_json())
 
@@ -153,3 +153,35 @@ def test_a_state_is_handed_over(ranks: list[Rank]) -> None:
         for run in taker.runs:
             assert torch.equal(home["param"][run.start : run.stop], VALUES[run.start : run.stop])
             assert torch.equal(home["steps"][run.start : run.stop], other[run.start : run.stop])
+
+
+def test_what_a_lost_rank_has_not_brought_the_others_bring(ranks: list[Rank]) -> None:
+    stays, lost, *takers = ranks
+    stays.meet(1, takers)
+    stays.bring()  # and `lost` is lost before it has brought anything
+    assert not all(taker.inbox.covers(0, STEP, 0, taker.mine()) for taker in takers)
+    stays.runs = dealt(1)[0]
+    stays.courier.enter()
+    stays.bring()
+    for taker in takers:
+        assert_whole(taker)
+    assert lost.exchange.sent_bytes == 0
+
+
+def test_what_a_lost_island_has_brought_to_others_they_pass_on(ranks: list[Rank]) -> None:
+    lost, there = ranks[:2], Rank(1, dealt(1)[0])
+    for giver in lost:
+        giver.meet(1, [there])
+        giver.bring()
+    assert_whole(there)
+    lacking = Rank(1, dealt(1)[0])
+    there.meet(1, [lacking], team="c")
+    want = {"type": "want", "fragment": 0, "step": STEP, "island": 0}
+    there.neighbours.heard(1, want | {"fragment": 1})  # of which there is nothing
+    there.neighbours.heard(1, want)
+    of = [int(bool(intersect([run], FRAGMENTS[1]))) for run in there.runs]
+    there.courier.pass_on(there.inbox, there.runs, of)
+    assert there.exchange.flush(30)
+    assert_whole(lacking)
+    for rank in (there, lacking):
+        rank.exchange.close()
