@@ -167,7 +167,9 @@ def test_who_is_dropped_while_its_connection_fails_is_not_dialled(
 @pytest.mark.parametrize(
     "peer", [("127.0.0.1", 70_000), ("127.0.0.1", -1), ("a" * 300, 1), ("\ud800", 1), ("", 1)]
 )
-def test_an_address_that_is_none(start: Callable[..., Rank], peer: tuple[str, int]) -> None:
+def test_an_address_that_is_none(
+    start: Callable[..., Rank], peer: tuple[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
     a, b = start(), start()
     a.exchange.send(peer, ("x",), [({"n": 0}, b"")])
     a.exchange.send(b.address, ("x",), [({"n": 1}, b"")])
@@ -175,6 +177,7 @@ def test_an_address_that_is_none(start: Callable[..., Rank], peer: tuple[str, in
     assert not a.exchange.flush(0.2)
     a.exchange.keep([b.address])
     assert a.exchange.flush(LONG_S)
+    assert not caplog.records  # nothing that was not foreseen
 
 
 def test_a_stalled_process_holds_up_nobody(

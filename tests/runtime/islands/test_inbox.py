@@ -201,10 +201,17 @@ def test_what_an_island_sent_is_forgotten_when_it_goes_back() -> None:
 
 
 def test_whoever_waits_is_told() -> None:
-    box, run = inbox(), Run.of(0, 32)
-    threading.Timer(0.05, put, (box, run)).start()
-    with box.changed:
-        assert box.changed.wait_for(lambda: box.covers(0, 30, 1, [run]), 30)
+    box, _ = expecting()
+    for arrive in (
+        lambda: put(box, Run.of(0, 32)),
+        lambda: put_state(box, "param", Run.of(0, 100)),
+        lambda: put_facts(box),
+    ):
+        with box.changed:
+            thread = threading.Thread(target=arrive)
+            thread.start()
+            assert box.changed.wait(30)
+        thread.join()
 
 
 # ---- the state of an island
