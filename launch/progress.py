@@ -97,6 +97,9 @@ class Progress:
             self._outer(message)
         elif name == "island_entered":
             self.say(f"step {step}: entered with the state of island {message.get('donor')}")
+        elif name == "island_waiting":
+            names = ", ".join(map(str, message.get("islands") or ()))
+            self.say(f"waits up to {message.get('limit_s')} s for island {names}")
         elif name == "island_missed":
             lost, fragment = message.get("island"), message.get("fragment")
             self.say(f"step {step}: without island {lost}, which did not send fragment {fragment}")

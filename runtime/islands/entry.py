@@ -52,7 +52,7 @@ class Entry:
         self._communicator, self._owned, self._step = generation.communicator, tuple(owned), step
         outer.facts = Facts.from_json(facts) if facts else outer.initial
         self._timing = training.link.identity.timing
-        self._began = time.monotonic()
+        self._began, self._told = time.monotonic(), False
 
     def run(self, half: int) -> SlotRecord | None:
         """Wait until this island may begin; the record of what it has taken, into `half`, if so.
@@ -96,7 +96,12 @@ class Entry:
         like = best[0] == self._step and waiting[-best[1]].versions == names
         first = best < (self._step, -outer.island)
         complete = len(waiting) == outer.islands - 1 or bool(outer.settings.replay)
-        late = time.monotonic() - self._began > self._timing.grace_s
+        waited_s = time.monotonic() - self._began
+        late = waited_s > self._timing.grace_s
+        if waited_s > self._timing.silence_s and not (complete or self._told):
+            self._told = True
+            away = [island for island in outer.neighbours.others if island not in waiting]
+            self._tell("island_waiting", islands=away, limit_s=self._timing.grace_s)
         return _Word(begin=(first or like) and (complete or late or outer.astray))
 
     def _take(self, word: _Word, half: int) -> SlotRecord | None:
@@ -109,20 +114,23 @@ class Entry:
             memory.run_bytes(half, roles[role], run)[:] = data
 
         outer.inbox.expect(word.name, word.donor, self._owned, memory.shape.widths, write)
-        moved = time.monotonic()
+        moved, before = time.monotonic(), -1
         try:
             if self._communicator.rank == 0:
                 outer.neighbours.ask(word.name, self._communicator.size)
             while True:
                 told = outer.inbox.state(word.name)
                 gone = word.donor not in outer.neighbours.reach
-                late = time.monotonic() - moved > outer.settings.patience_s + self._timing.grace_s
+                if outer.exchange.received_bytes != before:
+                    moved, before = time.monotonic(), outer.exchange.received_bytes
+                late = time.monotonic() - moved > self._timing.grace_s
                 words = self._communicator.gather_json(
                     [int(told["step"]) if told else None, gone or late]
                 )
                 steps = {step for step, _ in words}
                 if told is not None and len(steps) == 1:
                     self._forget_former(1 - half)
+                    self._tell("island_entered", step=told["step"], donor=word.donor)
                     return self._record(half, told)
                 if words[0][1]:
                     return None
@@ -130,6 +138,10 @@ class Entry:
                     outer.inbox.changed.wait(self._timing.poll_s)
         finally:
             outer.inbox.forget(word.name)
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        if self._communicator.rank == 0:
+            self._training.link.send(kind="event", event=event, **facts)
 
     def _forget_former(self, half: int) -> None:
         """What was here may be of the same step and other bits: before anybody has the new state

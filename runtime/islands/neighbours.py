@@ -155,6 +155,8 @@ class Neighbours:
         """Islands that are in reach now, or again."""
         with self.changed:
             self.reach = tuple(islands)
+            # Who is lost may come back, long before its workers do: nobody waits for those it had.
+            self._places = {j: known for j, known in self._places.items() if j in islands}
             self.changed.notify_all()
         self._repeat()
 

@@ -195,7 +195,9 @@ class Outer:
         fragment, (chosen, runs) = at.fragment, self._chosen(at.fragment)
         tend = partial(self._bring, live[PSEUDOGRADIENT])
         islands = self.council.decided(at, runs, votes, tend)
-        vectors = {j: self.council.contribution(at, j, runs) for j in islands if j != self.island}
+        device = self._training.model.device
+        vectors = {j: [values.to(device) for values in self.council.contribution(at, j, runs)]
+                   for j in islands if j != self.island}  # fmt: skip
         if self.island in islands:
             vectors[self.island] = [live[PSEUDOGRADIENT][i] for i in chosen]
         if self._recorder is not None:
