@@ -39,3 +39,14 @@ def test_who_has_not_begun_waits_for_nobody_by_the_versions() -> None:
     fresh.reached([1], 1)
     fresh.heard(1, place(0, WAITING, ("v",)).as_json())
     assert not fresh.partners(EVERY)
+
+
+def test_who_was_lost_is_waited_for_when_its_workers_are_back_and_not_before() -> None:
+    found = neighbours()
+    there = place(7, TRAINING, ("v", "w"))
+    found.heard(1, there.as_json())
+    found.reached(range(2, 9), 2)
+    found.reached(range(1, 9), 3)  # its agent is back
+    assert not found.partners(EVERY)
+    found.heard(1, replace(there, holder=4).as_json())
+    assert sorted(found.partners(EVERY)) == [1]
