@@ -230,9 +230,9 @@ def kill(system: str, options: Namespace, out: Path) -> dict[str, Any]:
     """What the death and the return of island 1 cost."""
     with training(system, options, out, FREE, options.steps) as work:
         work.await_step("island0", KILL_AT)
-        known = max(made.step for made in work.made("island1"))
         at = work.nodes.kill_node("island1")
         time.sleep(AWAY_S)
+        known = max(made.step for made in work.made("island1"))
         again = time.time()
         work.nodes.start("island1")
         back = work.await_step("island1", known + 1)
