@@ -16,7 +16,7 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -251,12 +251,14 @@ class StateMemory:
                 raise Corrupt(f"{run} is outside of {self.shape.numel} elements")
         return record
 
-    def sums(self, half: int, runs: Iterable[Run]) -> dict[str, list[int]]:
-        """Checksums of `runs` per role, in order."""
+    def sums(
+        self, half: int, runs: Iterable[Run], roles: Sequence[Role] | None = None
+    ) -> dict[str, list[int]]:
+        """Checksums of `runs` per role, of all or of these, in order."""
         plain = list(runs)
         return {
             role.name: [checksum(self.run_bytes(half, role, run)) for run in plain]
-            for role in self.shape.roles
+            for role in (self.shape.roles if roles is None else roles)
         }
 
     def torn(self, half: int, record: SlotRecord) -> list[tuple[str, Run]]:

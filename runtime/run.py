@@ -421,8 +421,9 @@ class Step:
     ) -> Callable[[], Any]:
         training = self._run.training
         seed, step, outer = training.settings.seed, training.committed, training.outer
-        leaves = training.settings.leaves * (outer.islands if outer else 1)
-        leaf = outer.leaf(leaf) if outer else leaf
+        leaves = training.settings.leaves
+        if outer is not None:  # islands read different samples: all leaves of all are counted on
+            leaf, leaves = outer.island * leaves + leaf, outer.islands * leaves
 
         def make() -> Any:
             seed_all(leaf_seed(seed, step, leaf))

@@ -46,6 +46,8 @@ class ShardState:
         self.members: list[int] = []  # the cohort of each of `runs`, see `checkpoint.average`
         self.half = 0
         self.step = -1
+        self._equal = frozenset[str]()  # roles of which both halves have the same owned values
+        self._sums: dict[str, list[int]] = {}  # of the newest step
         self._arrays = [{r.name: self._tensor(half, r) for r in self.roles} for half in (0, 1)]
 
     def _tensor(self, half: int, role: Role) -> Tensor:
@@ -63,6 +65,7 @@ class ShardState:
         """Go on from the committed `half` with the runs `owned`, cut at units and cohorts."""
         self.half, self.step, self.owned = half, step, owned
         self.runs, self.members = cohorts(unit_runs(self.space, owned), lineage)
+        self._equal, self._sums = frozenset(), {}
         self.memory.reserve(owned)
 
     def live(self, role: str) -> list[Tensor]:
@@ -73,15 +76,19 @@ class ShardState:
         """Open the other half, fill it with the newest state and let `change` overwrite it."""
         old, self.half = self.half, 1 - self.half
         self.memory.begin(self.half)
-        for role in self.roles:
+        for role in (role for role in self.roles if role.name not in self._equal):
             for run in self.runs:
                 self.host(self.half, role.name, run).copy_(self.host(old, role.name, run))
         change({role.name: self.live(role.name) for role in self.roles})
 
-    def commit(self, record: SlotRecord) -> None:
-        """The opened half is `record.step` from now on; its runs and checksums are filled in."""
-        self.step = record.step
-        self._publish(self.half, self.owned, record)
+    def commit(self, record: SlotRecord, still: frozenset[str] = frozenset()) -> None:
+        """The opened half is `record.step` from now on; its runs and checksums are filled in.
+
+        Args:
+            still: roles that this step has not changed, of which nothing is copied again.
+        """
+        self.step, self._equal = record.step, still
+        self._publish(self.half, self.owned, record, still)
 
     def seal(self) -> None:
         """Make sure that the newest step is committed in host memory."""
@@ -107,8 +114,11 @@ class ShardState:
             half, replace(record, generation=generation, owned=owned, held=held, sums=all_sums)
         )
 
-    def _publish(self, half: int, owned: tuple[Run, ...], record: SlotRecord) -> None:
-        sums = self.memory.sums(half, owned)
+    def _publish(
+        self, half: int, owned: tuple[Run, ...], record: SlotRecord, still: frozenset[str]
+    ) -> None:
+        changed = [role for role in self.roles if role.name not in still & self._sums.keys()]
+        sums = self._sums = self._sums | self.memory.sums(half, owned, changed)
         self.memory.commit(half, replace(record, owned=owned, held=owned, sums=sums))
 
     def trim(self) -> None:
@@ -150,17 +160,18 @@ class DeviceState(ShardState):
         self.memory.begin(self.half)
         change({role.name: self.live(role.name) for role in self.roles})
 
-    def commit(self, record: SlotRecord) -> None:
+    def commit(self, record: SlotRecord, still: frozenset[str] = frozenset()) -> None:
+        there, self._equal = self._equal & still, still
         self.step = record.step
         half, owned = self.half, self.owned
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            for role in self.roles:
+            for role in (role for role in self.roles if role.name not in there):
                 for run, values in self._live[role.name].items():
                     self.host(half, role.name, run).copy_(values, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(self._stream)
-        self._copied = (copied, lambda: self._publish(half, owned, record))
+        self._copied = (copied, lambda: self._publish(half, owned, record, still))
 
     def beside(self) -> AbstractContextManager[object]:
         # All that the main thread has enqueued so far, the update included, comes before.

@@ -344,7 +344,8 @@ class Training:
         facts = scalars[0], losses, norms, self.lineage, outer
         generation = self.membership.generation.view.generation
         self.recorded = SlotRecord(index + 1, generation, (), (), {}, *facts)
-        self.state.commit(self.recorded)
+        still = self.outer.still(index + 1) if self.outer is not None else frozenset[str]()
+        self.state.commit(self.recorded, still)
 
     def gather(self) -> None:
         """Fill the working parameters from their owners; afterwards the newest step is done."""

@@ -36,7 +36,13 @@ from outlast.runtime.islands.exchange import Exchange
 from outlast.runtime.islands.facts import Facts
 from outlast.runtime.islands.inbox import Inbox
 from outlast.runtime.islands.neighbours import DONE, TRAINING, Neighbours, Place
-from outlast.runtime.islands.outer_optimizer import PSEUDOGRADIENT, OuterOptimizer
+from outlast.runtime.islands.outer_optimizer import (
+    APPLIED_ROLES,
+    OUTER_ROLES,
+    PSEUDOGRADIENT,
+    SENT_ROLES,
+    OuterOptimizer,
+)
 from outlast.runtime.islands.replay import Recorder, Replay
 from outlast.runtime.islands.settings import Islands
 from outlast.runtime.link import Generation
@@ -97,10 +103,6 @@ class Outer:
     @property
     def _communicator(self) -> Communicator:
         return self._generation.communicator
-
-    def leaf(self, leaf: int) -> int:
-        """Number of a leaf among those of all islands, which read different samples."""
-        return self.island * self._training.settings.leaves + leaf
 
     # ---- a generation
 
@@ -218,6 +220,12 @@ class Outer:
             waited_s=round(self.council.waited_s, 4), bytes=self.exchange.sent_bytes,
             version=version.name, **({"guard": told} if told else {}),
         )  # fmt: skip
+
+    def still(self, step: int) -> frozenset[str]:
+        """Roles that the step that makes `step` steps leaves as they are."""
+        sent, due = self.rounds.sent(step), self.rounds.due(step, self._delays)
+        changed = (SENT_ROLES if sent else ()) + (APPLIED_ROLES if due else ())
+        return frozenset(OUTER_ROLES) - frozenset(changed)
 
     def committed(self, record: SlotRecord, heads: Sequence[Mapping[str, Any]]) -> None:
         """The step of the last `advance` is committed: hand it to every island that has asked all

@@ -20,7 +20,8 @@ from outlast.runtime.islands.settings import Islands
 
 OUTER_PARAM, OUTER_MOMENTUM, PSEUDOGRADIENT = "outer_param", "outer_momentum", "pseudogradient"
 RESIDUAL = "residual"
-OUTER_ROLES = (OUTER_PARAM, OUTER_MOMENTUM, PSEUDOGRADIENT, RESIDUAL)
+APPLIED_ROLES, SENT_ROLES = (OUTER_PARAM, OUTER_MOMENTUM), (PSEUDOGRADIENT, RESIDUAL)
+OUTER_ROLES = APPLIED_ROLES + SENT_ROLES
 
 Live = Mapping[str, Sequence[Tensor]]  # role -> a view per owned run
 Gather = Callable[[bytes], list[bytes]]
