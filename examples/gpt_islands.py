@@ -10,6 +10,7 @@ copy, which all islands share.
 import argparse
 import json
 import math
+import os
 from collections.abc import Sequence
 
 import gpt
@@ -37,6 +38,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Islands, argparse.Nam
     add("--codec", choices=CODECS, default=usual.codec)
     add("--rule", choices=RULES, default=usual.rule)
     add("--patience-s", type=float, default=usual.patience_s, help="for an island that is late")
+    add("--record", default="", help="keep there all that is averaged")
+    add("--replay", default="", help="train one island once more on what it has received")
     chosen, rest = parser.parse_known_args(arguments)
     return Islands(**vars(chosen)), gpt.parse(rest)
 
@@ -64,9 +67,10 @@ def train(islands: Islands, args: argparse.Namespace) -> None:
                 progress.show(done, run.world_size, metrics)
     with run.outer():
         weights = {name: value.clone() for name, value in model.state_dict().items()}
-    digest = run.digest()
+    digest, outer = run.digest(), run.digest("outer_param", "outer_momentum")
     if run.rank == 0:
         print(f"sha256 of parameters and optimizer state: {digest}")
+        print(f"island {os.environ.get('OUTLAST_ISLAND', '?')}, of the outer state: {outer}")
         if args.digest_file is not None:
             result = {"sha256": digest, "parameters": parameters, **metrics}
             gpt.write(args.digest_file, json.dumps(result) + "\n")
