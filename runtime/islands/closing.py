@@ -90,12 +90,13 @@ def verdict(at: Round, votes: Sequence[Mapping[str, Any]], me: int) -> Verdict:
         for island, base in said[0].items()
         if all(other.get(island) == base for other in said)
     }
-    if newer := [(base, island) for island, base in have.items() if base > at.base]:
-        return Verdict(astray=max(newer)[1])
     same = {island for island, base in have.items() if base == at.base}
     same |= {me} if at.contributed else set()
     known = [vote["closing"] for vote in votes if vote["closing"] is not None]
     there = {int(j): began for j, began in first["there"].items() if int(j) != me}
+    # Who is gone has nothing to give: nobody stops for what it knew.
+    if newer := [(have[j], j) for j in there if j in have and have[j] > at.base]:
+        return Verdict(astray=max(newer)[1])
     for closing in (closing for closing in known if closing["base"] == at.base.name):
         islands = tuple(sorted(closing["islands"]))
         absent = set(islands) - same

@@ -17,7 +17,7 @@ from outlast.runtime.collectives import Communicator
 from outlast.runtime.islands.closing import Round, verdict
 from outlast.runtime.islands.codec import Codec
 from outlast.runtime.islands.inbox import Inbox
-from outlast.runtime.islands.neighbours import Neighbours
+from outlast.runtime.islands.neighbours import WAITING, Neighbours
 from outlast.runtime.islands.replay import Replay
 from outlast.runtime.islands.settings import Islands
 
@@ -92,25 +92,27 @@ class Council:
         have = {str(j): self._inbox.base(at.fragment, at.step, j) for j in whole}
         vote: Vote = {
             "have": have if runs else None,
-            "closing": self._neighbours.closings.get((at.fragment, at.step)),
+            "closing": self._neighbours.closings.get((at.fragment, at.step, at.base.name)),
         }
         return vote | (self._watch(at, whole) if self._communicator.rank == 0 else {})
 
     def _watch(self, at: Round, whole: Sequence[int]) -> Vote:
         """What rank 0 adds to its vote: whom to wait for, and for how long."""
         self._absent -= set(whole)
-        reach = self._neighbours.reach
-        partners = self._neighbours.partners(self._every).items()
-        there = {j: place for j, place in partners if j not in self._absent}
+        reach, others = self._neighbours.reach, self._neighbours.others
+        partners = self._neighbours.partners(self._every)
+        there = {j: place for j, place in partners.items() if j not in self._absent}
+        # They have nothing of this round: they take another's state, or have just done so.
+        anew = {j for j in self._neighbours.newest(WAITING) if j not in partners}
+        anew |= {j for j, place in partners.items() if place.began >= at.step}
         waited_s = time.monotonic() - self._due_since.get(at.key, inf)
-        leader = min([self._me, *there])
-        if leader != self._me and waited_s > 2 * self._patience_s:
-            self._absent.add(leader)  # it would have closed the round by now
-            del there[leader]
+        if waited_s > 2 * self._patience_s:  # the lower ones would have closed the round by now
+            self._absent |= {j for j in there if j < self._me}
+            there = {j: place for j, place in there.items() if j > self._me}
         return {
             "there": {str(j): place.began for j, place in there.items()},
-            "lost": [j for j in self._neighbours.others
-                     if j not in reach or self._inbox.newest(at.fragment, j) > at.step],
+            "lost": [j for j in others if j not in reach or j in anew
+                     or self._inbox.newest(at.fragment, j) > at.step],
             "late": waited_s > self._patience_s,
         }  # fmt: skip
 

@@ -55,7 +55,8 @@ class Courier:
                     continue
                 chosen = [(run, value) for run, value, p in zip(runs, values, of, strict=True)
                           if p == fragment]  # fmt: skip
-                if parcels := self._parcels(self._island, fragment, at, chosen, place):
+                sent_at = (*at, facts.began)
+                if parcels := self._parcels(self._island, fragment, sent_at, chosen, place):
                     self._exchange.send(place.address, ("contribution", fragment), parcels)
         self._brought = owed
 
@@ -72,19 +73,20 @@ class Courier:
             if base is None or not mine or not inbox.covers(fragment, step, island, mine):
                 continue
             chosen = [*zip(mine, inbox.codes(fragment, step, island, mine), strict=True)]
-            facts = step, Version(*base)
+            facts = step, Version(*base), inbox.began(fragment, step, island)
             for place in self._neighbours.places(asker):
                 if parcels := self._parcels(island, fragment, facts, chosen, place):
                     topic = ("passed on", fragment, island)
                     self._exchange.send(place.address, topic, parcels)
 
     def _parcels(
-        self, island: int, fragment: int, sent: tuple[int, Version],
+        self, island: int, fragment: int, sent: tuple[int, Version, int],
         chosen: Sequence[tuple[Run, Tensor]], place: Place,
     ) -> list[tuple[dict[str, Any], bytes]]:  # fmt: skip
         head = {
             "type": "contribution", "island": island, "fragment": fragment, "step": sent[0],
-            "base": sent[1].name, "weight": sent[1].weight, "codec": self._codec.name,
+            "base": sent[1].name, "weight": sent[1].weight, "began": sent[2],
+            "codec": self._codec.name,
         }  # fmt: skip
         return [
             (head | {"start": piece.start, "stop": piece.stop}, self._codec.encode(part))
@@ -112,7 +114,7 @@ class Courier:
                 for piece, part in _pieces(run, value, place.runs, self._most)
             ]  # fmt: skip
             parcels.append((head | {"type": "facts", "facts": facts}, b""))
-            self._exchange.send(place.address, ("state", name), parcels)
+            self._exchange.send(place.address, ("state",), parcels)
 
 
 def _pieces(run: Run, value: Tensor, wanted: Sequence[Run], most: int) -> list[tuple[Run, Tensor]]:

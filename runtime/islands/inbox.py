@@ -24,6 +24,7 @@ from outlast.cluster.view import field as checked
 from outlast.layout.run import Run, covers, intersect, numel, union
 from outlast.runtime.islands.codec import Codec
 
+STEPS_TAKEN = 1024
 STEPS_KEPT = 2  # of each fragment and island: that of a round and, of who is ahead, of the next
 Write = Callable[[str, Run, memoryview], None]
 
@@ -33,6 +34,7 @@ class _Contribution:
     """Of one island to one round: pieces in order of arrival, which lie in one unit each."""
 
     base: tuple[int, str]
+    began: int  # the step at which its island began to take part
     pieces: dict[Run, bytes] = field(default_factory=dict)
 
     def put(self, piece: Run, codes: bytes, most: int) -> None:
@@ -56,6 +58,7 @@ class _State:
     step: int = -1
     there: dict[str, tuple[Run, ...]] = field(default_factory=dict)
     facts: dict[str, Any] | None = None
+    size: int = 0
 
     @property
     def whole(self) -> bool:
@@ -117,6 +120,11 @@ class Inbox:
             found = self._found(fragment, step, island)
             return found is not None and covers(found.pieces, runs)
 
+    def began(self, fragment: int, step: int, island: int) -> int:
+        """The step at which the island of a contribution, of which some is here, had begun."""
+        with self.changed:
+            return self._rounds[fragment, island][step].began
+
     def base(self, fragment: int, step: int, island: int) -> tuple[int, str] | None:
         """Weight and name of the version that a contribution changes, if any of it has come."""
         with self.changed:
@@ -144,8 +152,9 @@ class Inbox:
         goes on with another state: they are of another past."""
         with self.changed:
             for steps in (steps for (_, j), steps in self._rounds.items() if j == island):
-                for step in [step for step in steps if step > after]:
-                    del steps[step]
+                for step, known in [*steps.items()]:
+                    if step > after > known.began:
+                        del steps[step]
 
     def _found(self, fragment: int, step: int, island: int) -> _Contribution | None:
         return self._rounds.get((fragment, island), {}).get(step)
@@ -163,6 +172,7 @@ class Inbox:
         fragment = checked(header, "fragment", int, 0, len(self._fragments) - 1)
         step, piece = checked(header, "step", int), _piece(header)
         base = checked(header, "weight", int), checked(header, "base", str)
+        began = checked(header, "began", int)
         if header.get("codec") != self._codec.name:
             raise Misuse(f"codec {header.get('codec')}, and not {self._codec.name}")
         runs, block = self._fragments[fragment], self._codec.block
@@ -175,10 +185,14 @@ class Inbox:
         self._codec.decode(codes, piece.numel)  # raises ValueError where nothing encodes to these
         with self.changed:
             steps = self._rounds.setdefault((fragment, island), {})
-            if steps.get(step) is None or steps[step].base != base:
-                steps[step] = _Contribution(base)
+            known = steps.get(step)
+            if known is not None and known.began > began:
+                return  # of another past, see `clear`
+            if known is None or (known.base, known.began) != (base, began):
+                steps[step] = _Contribution(base, began)
             steps[step].put(piece, bytes(codes), 2 * numel(runs))
-            for old in sorted(steps)[:-STEPS_KEPT]:
+            # Who takes a state applies what was sent since, when it is here.
+            for old in sorted(steps)[: -(STEPS_TAKEN if self._states else STEPS_KEPT)]:
                 del steps[old]
             self.changed.notify_all()
 
@@ -204,6 +218,12 @@ class Inbox:
         with self.changed:
             state = self._states.get(nonce)
             return state.facts if state is not None and state.whole else None
+
+    def progress(self, nonce: str) -> int:
+        """Bytes of an expected state that have come."""
+        with self.changed:
+            state = self._states.get(nonce)
+            return state.size if state is not None else 0
 
     def forget(self, nonce: str) -> None:
         """Expect nothing under this nonce any more."""

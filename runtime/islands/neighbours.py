@@ -21,6 +21,7 @@ WAITING, TRAINING, DONE = "waiting", "training", "done"
 KEPT_ROUNDS = 256  # closings, and questions
 _ASK_AGAIN_S = 1.0
 
+Closed = tuple[int, int, str]  # fragment, step, name of the base: a fork closes rounds of its own
 Want = tuple[int, int, int, int]  # island that asks, fragment, step, island of the contribution
 
 
@@ -96,10 +97,11 @@ class Neighbours:
     ) -> None:
         self._numel, self._say, self._began_anew, self.changed = numel, say, began_anew, changed
         self.others = tuple(others)
-        self.closings: dict[tuple[int, int], dict[str, Any]] = {}
-        self.asks: dict[str, tuple[int, int]] = {}  # name -> (island that asks, ranks of it)
+        self.closings: dict[Closed, dict[str, Any]] = {}
+        self.asks: dict[int, tuple[str, int, int]] = {}  # island -> (name, donor, its ranks)
+        self._answered: dict[str, None] = {}
         self.wants: dict[Want, None] = {}  # what others heard of and have not got
-        self._wanted: dict[tuple[int, int, int], float] = {}
+        self._asked: dict[object, float] = {}
         self._places: dict[int, dict[int, Place]] = {}  # island -> holder, newest last
         self._began: dict[int, int] = {}
         self.reach: tuple[int, ...] = ()  # islands
@@ -132,8 +134,8 @@ class Neighbours:
         elif kind == "closing":
             self._close(message)
         elif kind == "ask":
-            name, size = field(message, "name", str), field(message, "size", int, 1, 1 << 20)
-            self.asks[name] = (island, size)
+            name, donor = field(message, "name", str), field(message, "donor", int)
+            self.asks[island] = (name, donor, field(message, "size", int, 1, 1 << 20))
         elif kind == "want":
             names = ("fragment", "step", "island")
             fragment, step, of = (field(message, name, int) for name in names)
@@ -142,11 +144,14 @@ class Neighbours:
                 del self.wants[old]
 
     def _close(self, message: dict[str, Any]) -> None:
-        islands = message.get("islands")
-        if not isinstance(islands, list) or not all(type(each) is int for each in islands):
-            raise Misuse("a closing of another island: it names no islands")
-        key = field(message, "fragment", int), field(message, "step", int)
+        islands = field(message, "islands", list)
+        there = range(len(self.others) + 1)
+        if not all(type(j) is int and j in there for j in islands) or len({*islands}) < len(
+            islands
+        ):
+            raise Misuse(f"a closing of another island: {islands} are no islands")
         names = {name: field(message, name, kind) for name, kind in (("base", str), ("by", int))}
+        key = field(message, "fragment", int), field(message, "step", int), names["base"]
         self.closings.setdefault(key, {**names, "islands": islands})
         for old in list(self.closings)[:-KEPT_ROUNDS]:
             del self.closings[old]
@@ -169,25 +174,32 @@ class Neighbours:
 
     def close(self, fragment: int, step: int, closing: dict[str, Any], say: bool) -> None:
         """Note, and tell, that a round is closed."""
-        self.closings[fragment, step] = closing
+        self.closings[fragment, step, closing["base"]] = closing
         if say:
             self._say({"type": "closing", "fragment": fragment, "step": step, **closing})
 
-    def ask(self, name: str, size: int) -> None:
-        """Ask for the state; which island is meant is part of the name."""
-        self._say({"type": "ask", "name": name, "size": size})
+    def ask(self, name: str, donor: int, size: int) -> None:
+        """Ask `donor` for its state under this name; now and then, for nobody repeats it."""
+        if self._now_and_then(name):
+            self._say({"type": "ask", "name": name, "donor": donor, "size": size})
 
     def want(self, fragment: int, step: int, island: int) -> None:
         """Ask for what an island has sent to others before it fell silent; now and then."""
-        now, key = time.monotonic(), (fragment, step, island)
-        if now >= self._wanted.get(key, 0.0):
-            self._wanted = {key: now + _ASK_AGAIN_S}
+        if self._now_and_then((fragment, step, island)):
             self._say({"type": "want", "fragment": fragment, "step": step, "island": island})
+
+    def _now_and_then(self, what: object) -> bool:
+        now = time.monotonic()
+        if now < self._asked.get(what, 0.0):
+            return False
+        self._asked = {key: at for key, at in self._asked.items() if at > now}
+        self._asked[what] = now + _ASK_AGAIN_S
+        return True
 
     def _repeat(self) -> None:
         if self._mine is not None:
             newest = list(self.closings.items())[-16:]
-            closings = [{"fragment": p, "step": step, **what} for (p, step), what in newest]
+            closings = [{"fragment": p, "step": step, **what} for (p, step, _), what in newest]
             self._say(self._mine.as_json() | {"closings": closings})
 
     # ---- what is known
@@ -203,13 +215,20 @@ class Neighbours:
         """Who asks island `me` for its state and could be given it: all ranks there are known."""
         with self.changed:
             asks = list(self.asks.items())
-        mine = [(name, *ask) for name, ask in asks if name.split("-")[1:2] == [str(me)]]
-        return [name for name, island, size in mine if len(self.places(island)) == size]
+        return [name for island, (name, donor, size) in asks
+                if donor == me and name not in self._answered
+                and len(self.places(island)) == size]  # fmt: skip
 
     def take_up(self, name: str) -> int:
         """The island that asks so; it is answered once."""
         with self.changed:
-            return self.asks.pop(name)[0]
+            self._answered[name] = None
+            return next(island for island, ask in self.asks.items() if ask[0] == name)
+
+    def known_closings(self) -> list[tuple[Closed, dict[str, Any]]]:
+        """All that is known to be closed, oldest first."""
+        with self.changed:
+            return list(self.closings.items())
 
     def newest(self, state: str) -> dict[int, Place]:
         """Islands in reach that are in this state -> the rank that was heard of last.

@@ -31,7 +31,7 @@ def values_of(run: Run, salt: float) -> torch.Tensor:
 def header(piece: Run, fragment: int = 0, **more: Any) -> dict[str, Any]:
     made = {
         "type": "contribution", "island": 1, "fragment": fragment, "step": 30, "base": "b0",
-        "weight": 4, "start": piece.start, "stop": piece.stop, "codec": "none",
+        "weight": 4, "began": 0, "start": piece.start, "stop": piece.stop, "codec": "none",
     }  # fmt: skip
     return made | more
 
