@@ -105,7 +105,7 @@ def methods(layers: int, islands: int, settings: "Islands") -> dict[str, Exchang
     """
     reduced, hops = BFLOAT16_BITS * 2 * (islands - 1) / islands, 2 * (islands - 1)
     coded = CODEC_BITS[settings.codec] * (islands - 1)
-    delay, every = settings.delays(0, 1)[0], settings.every
+    delay, every = settings.delays(0, 1, 1)[0], settings.every
     parts = streamed(layers, settings.fragment, every, settings.order)
     overlapped = f"overlapped by {delay}"
     return {

@@ -69,7 +69,8 @@ class Outer:
         self.fragments = fragments(self._space, settings.fragment, settings.order)
         count, grain = len(self.fragments), training.settings.grain
         self.rounds = Rounds(settings.every, count)
-        self._delays, self._mixings = settings.delays(self.island, count), settings.mixings(count)
+        self._delays = settings.delays(self.island, count, self.islands)
+        self._mixings = settings.mixings(count)
         made = self._codec = codec(settings.codec, grain)
         self._optimizer = OuterOptimizer(settings, made, training.primary, grain)
         self.inbox = Inbox(made, [each.runs for each in self.fragments], self.islands)

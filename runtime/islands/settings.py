@@ -7,6 +7,7 @@ the outer learning rate are theirs; a value for the outer momentum is that of Di
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from math import inf
 from typing import TypeVar
 
 from outlast.cluster.errors import Misuse
@@ -58,6 +59,7 @@ class Islands:
     replay: str = ""
 
     def __post_init__(self) -> None:
+        self._check_types()
         delays = self.delay.values() if isinstance(self.delay, Mapping) else _several(self.delay)
         demands = (
             (self.every >= 1, f"every={self.every}: use 1 or more steps"),
@@ -67,7 +69,7 @@ class Islands:
              f"delay={self.delay}: use 0 or more steps, less than every={self.every}"),
             (all(0 <= share <= 1 for share in _several(self.mixing)),
              f"mixing={self.mixing}: use 0 (the outer parameters) to 1 (the local ones)"),
-            (self.outer_lr > 0, f"outer_lr={self.outer_lr}: use more than 0"),
+            (0 < self.outer_lr < inf, f"outer_lr={self.outer_lr}: use more than 0"),
             (0 <= self.outer_momentum < 1, f"outer_momentum={self.outer_momentum}: use [0, 1)"),
             (self.codec in CODECS, f"codec={self.codec!r}: use one of {', '.join(CODECS)}"),
             (self.rule in RULES, f"rule={self.rule!r}: use one of {', '.join(RULES)}"),
@@ -78,6 +80,16 @@ class Islands:
             if not holds:
                 raise Misuse(f"Islands({complaint})")
 
+    def _check_types(self) -> None:
+        delay, names = self.delay, ("outer_lr", "outer_momentum", "feedback", "patience_s")
+        delays = [*delay, *delay.values()] if isinstance(delay, Mapping) else _several(delay)
+        whole = {"every": [self.every], "fragment": [self.fragment], "delay": delays}
+        real = {name: [getattr(self, name)] for name in names} | {"mixing": _several(self.mixing)}
+        for name, values in {**whole, **real}.items():
+            kinds, noun = (int, "whole numbers") if name in whole else ((int, float), "numbers")
+            if not all(isinstance(value, kinds) and type(value) is not bool for value in values):
+                raise Misuse(f"Islands({name}={getattr(self, name)!r}): use {noun}")
+
     def common(self, model: str) -> str:
         """A name for what all islands must have in common, and for the model they start from."""
         names = ("every", "fragment", "order", "mixing", "outer_lr", "outer_momentum", "codec",
@@ -85,12 +97,14 @@ class Islands:
         text = f"{model} {[getattr(self, name) for name in names]}"
         return sha256(text.encode()).hexdigest()[:16]
 
-    def delays(self, island: int, fragments: int) -> tuple[int, ...]:
-        """tau of each fragment on `island`."""
+    def delays(self, island: int, fragments: int, islands: int) -> tuple[int, ...]:
+        """tau of each fragment on `island` of `islands`; raises Misuse on all of them alike."""
         delay = self.delay
         if isinstance(delay, Mapping):
-            if island not in delay:
-                raise Misuse(f"Islands(delay={dict(delay)}): says nothing of island {island}")
+            if missing := [str(each) for each in range(islands) if each not in delay]:
+                raise Misuse(
+                    f"Islands(delay={dict(delay)}): says nothing of island {', '.join(missing)}"
+                )
             delay = delay[island]
         return _each(delay, fragments, "delay")
 

@@ -119,8 +119,9 @@ class Reference:
         """What comes after the inner optimizer has made `step` steps on every island."""
         for p in self.rounds.sent(step):
             self.sent[p, step] = {each.number: self._send(each, p, step) for each in self.islands}
+        count, islands = len(self.fragments), len(self.islands)
         for island in self.islands:
-            delays = self.settings.delays(island.number, len(self.fragments))
+            delays = self.settings.delays(island.number, count, islands)
             for p, sent in self.rounds.due(step, delays):
                 self._apply(island, p, sent)
                 self.log.append(("applied", island.number, p, step))
