@@ -61,7 +61,10 @@ def run_islands(config: LaunchConfig, key: bytes | None) -> int:
     console = Console()
 
     def ended(agent: Process, signalled: int) -> Sequence[Process]:
-        island = next(island for island in islands if agent in island.agents)
+        # An agent that ended together with the last one of its island is told of after the revival.
+        island = next((island for island in islands if agent in island.agents), None)
+        if island is None:
+            return ()
         over = all(agent.poll() is not None for agent in island.agents)
         return island.revive(console) if over and not signalled else ()
 
