@@ -18,7 +18,7 @@ from typing import Any
 
 from outlast.cluster.endpoints import Endpoints
 from outlast.cluster.errors import Misuse
-from outlast.cluster.link import ITSELF
+from outlast.cluster.link import CLOSED, ITSELF
 from outlast.cluster.links import Links
 from outlast.cluster.roster import Address
 from outlast.cluster.timing import Timing
@@ -78,6 +78,7 @@ class IslandMesh:
         self._address = (host, 0)
         self._known: dict[str, tuple[Address, float]] = {}  # and when it was last heard of
         self._linked: dict[str, float] = {}  # and when it was last heard
+        self._strange: dict[Address, str] = {}  # what answers there, if it has said more than no
         self._islands: list[int] = []
         self._count = 0
         self._asked = False
@@ -145,10 +146,16 @@ class IslandMesh:
     def unanswered(self, address: Address, cause: str, *, reached: bool) -> None:
         """See `Owner`."""
         now = time.monotonic()
+        # Either end may be the first to close, and then knows more.
+        if reached and (cause != CLOSED or address not in self._strange):
+            self._strange[address] = cause
         if cause == ITSELF:
             self._endpoints.linked(address, self._name, now)
         elif self._endpoints.failed(address, reached, now):
-            self.callbacks.refused(f"at {address[0]}:{address[1]} something else answers: {cause}")
+            self.callbacks.refused(
+                f"at {address[0]}:{address[1]} something else answers: {self._strange[address]} "
+                "(--rdzv-id and key must be the same for all islands)"
+            )
 
     # ---- who is where
 

@@ -16,7 +16,7 @@ from outlast.cluster.errors import Misuse
 from outlast.cluster.wire import NONCE_BYTES, Rejected, Session
 
 UNSENT_BYTES_MAX = 4 << 20
-ITSELF = "this agent itself"
+ITSELF, CLOSED = "this agent itself", "connection closed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ class Link(asyncio.Protocol):
         """Tell the owner why, in the words of whichever end gave up."""
         if self._deadline is not None:
             self._deadline.cancel()
-        self.ends.closed(self, self._cause or (str(exc) if exc else "connection closed"))
+        self.ends.closed(self, self._cause or (str(exc) if exc else CLOSED))
 
     def send(self, message: dict[str, Any]) -> None:
         """Queue a message; a peer that leaves `UNSENT_BYTES_MAX` undrained is cut off."""

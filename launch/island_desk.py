@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlast.cluster.errors import Misuse
 from outlast.cluster.island_mesh import Callbacks, IslandMesh, Place
+from outlast.cluster.link import CLOSED
 from outlast.cluster.view import field
 from outlast.launch.config import LaunchConfig
 from outlast.launch.interface import choose
@@ -88,13 +89,17 @@ class IslandDesk:
     def _reached(self, islands: list[int], count: int) -> None:
         if islands != self._reach["islands"]:
             self._agent.event("islands", reach=islands)
+            self._agent.progress.reach(self._reach["islands"], islands)
         self._reach = {"kind": "reach", "islands": islands, "count": count}
         self._forward(self._reach)
 
     def _refuse(self, cause: str) -> None:
+        if cause == CLOSED:  # whoever comes and says nothing, such as a scan of ports
+            return
         if cause not in self._refused and len(self._refused) < 16:
             self._refused.add(cause)
-            self._agent.event("refused_island", cause=cause)
+            self._agent.event("island_refused", cause=cause)
+            self._agent.progress.told("island_refused", {"cause": cause})
 
     def _forward(self, message: Message) -> None:
         for worker in self._agent.crew.attached:

@@ -4,9 +4,14 @@ Invariant: only the agent of the first member speaks for the job, so that every 
 however many nodes share a console.
 """
 
+from collections import deque
+from collections.abc import Sequence
+
 from outlast.cluster.view import View
 from outlast.launch.console import Console
 from outlast.launch.link import Message
+
+REFUSED_MAX = 16  # causes on the console
 
 
 class Progress:
@@ -17,6 +22,8 @@ class Progress:
         self.causes: dict[str, str] = {}  # agent -> why it was lost
         self._recovered = 0
         self._islands: list[int] = []  # that had a share in what was merged last
+        self._refused: set[str] = set()  # why
+        self._early: deque[str] = deque(maxlen=8)  # what there was to say before the first view
         self._view: View | None = None
 
     @property
@@ -32,7 +39,9 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line about the job, if this agent speaks for it."""
-        if self.speaks:
+        if self._view is None:
+            self._early.append(text)
+        elif self.speaks:
             self._console.line(text)
 
     def install(self, view: View, detected: float, agreed: float) -> None:
@@ -47,6 +56,8 @@ class Progress:
             changes = self._changes(before, view) or "order changed"
             took = f"agreed in {max(0.0, agreed - detected) * 1000:.0f} ms"
             self.say(f"generation {view.generation}: {changes}, {size}; {took}")
+        while self._early:
+            self.say(self._early.popleft())
 
     def recovered(self, message: Message) -> None:
         """A worker has recovered: said once per generation."""
@@ -95,6 +106,8 @@ class Progress:
             say(f"step {step}: no save, {slow} (ranks {message.get('ranks')})")
         elif name == "outer":
             self._outer(message)
+        elif name == "island_refused":
+            self._refuse(str(message.get("cause")))
         elif name == "island_entered":
             self.say(f"step {step}: entered with the state of island {message.get('donor')}")
         elif name == "island_waiting":
@@ -107,6 +120,18 @@ class Progress:
             self.say(f"step {step}: others know more of the outer parameters; their state is taken")
         elif name == "rebalanced":
             say(f"leaves are dealt by speed, in rank order {message.get('weights')}")
+
+    def reach(self, before: Sequence[int], now: Sequence[int]) -> None:
+        """Other islands came into reach, or went out of it."""
+        for islands, where in ((set(now) - set(before), "in"), (set(before) - set(now), "out of")):
+            for island in sorted(islands):
+                self.say(f"island {island} is {where} reach")
+
+    def _refuse(self, cause: str) -> None:
+        """What was said to be an island is none: once for each cause, and not without end."""
+        if cause not in self._refused and len(self._refused) < REFUSED_MAX:
+            self._refused.add(cause)
+            self.say(f"an island is refused: {cause}")
 
     def _outer(self, message: Message) -> None:
         """A fragment was merged: said when other islands than before had a share in it."""

@@ -70,6 +70,7 @@ def test_an_island_that_is_killed_comes_back_and_hears_everything(start: Start, 
     (agent,) = one.wait_for_events("started")
     psutil.Process(agent["pid"]).send_signal(signal.SIGKILL)
     zero.reaches([])
+    job.wait_for(lambda: "[island 0] island 1 is out of reach" in job.output)
     again = started(one, 2)
     assert again["holder"] != second["holder"]
     zero.hears(again["holder"])
@@ -81,6 +82,7 @@ def test_an_island_that_is_killed_comes_back_and_hears_everything(start: Start, 
     # Said when other islands than before had a share, not every time.
     assert job.output.count("[island 0] step 30: fragment 1 of islands 0, 1 is merged") == 1
     assert "[island 1] job j.island1: 1 node, 1 worker" in job.output
+    assert job.output.count("[island 0] island 1 is in reach") == 2
     tree = job.tree()
     end.touch()
     assert job.end() == 0
@@ -160,10 +162,14 @@ def test_another_key_is_another_training(start: Start, end: Path) -> None:
         for number in (0, 1)
     ]
     for number, job in enumerate(jobs):
-        Island(job, number).wait_for_events("refused_island")
+        Island(job, number).wait_for_events("island_refused")
+        job.wait_for(lambda job=job: "with another key (--rdzv-id and key" in job.output)
         assert {tuple(e["islands"]) for e in Island(job, number).events("fake_reach")} <= {()}
     end.touch()
     assert [job.end() for job in jobs] == [0, 0]
+    for job in jobs:
+        lines = [line for line in job.output.splitlines() if "is refused" in line]
+        assert len(lines) == len(set(lines))
 
 
 def test_an_island_that_dies_again_and_again_is_given_up(
