@@ -83,6 +83,12 @@ def test_of_two_forks_exactly_one_yields(bases: tuple[tuple[int, str], ...]) -> 
     assert astray == [mine < other for mine, other in (versions, versions[::-1])]
 
 
+def test_the_fork_of_more_islands_is_newer() -> None:
+    assert OLD.after(EVERY, (0, 1)) > max(OLD.after(EVERY, (2,)), OLD.after(EVERY, (0,)))
+    assert OLD.after(EVERY, (0,)).name != OLD.after(EVERY, (2,)).name
+    assert OLD.after(EVERY, ()) == OLD
+
+
 @given(st.lists(st.sets(st.integers(1, 3)), min_size=1, max_size=4), st.booleans())
 def test_what_one_rank_lacks_is_not_there(haves: list[set[int]], late: bool) -> None:
     there = dict.fromkeys(("1", "2", "3"), 0)

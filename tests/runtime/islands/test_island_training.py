@@ -3,6 +3,7 @@ waited for, and comes back with the state of another."""
 
 import itertools
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -163,3 +164,64 @@ def test_an_island_that_is_lost_comes_back_with_the_state_of_the_other(
     job.islands[1].wait_for_step(8)
     job.islands[number].kill()
     check_return(job, job.islands[number], job.islands[1 - number], end)
+
+
+@pytest.mark.long
+def test_an_island_that_stands_still_for_long_costs_the_other_its_contributions_only(
+    start: Start, tmp_path: Path
+) -> None:
+    end = tmp_path / "end"
+    settings = {"patience_s": 2.0}
+    job = start(1, 2, settings, "--steps", "400", "--pause", "0.05", "--until", str(end))
+    frozen, other = job.islands[1], job.islands[0]
+    frozen.wait_for_step(8)
+    stopped = frozen.processes()
+    for process in stopped:
+        process.suspend()
+    at = max(other.steps)
+    job.wait(lambda: len([e for e in other.rounds if e["islands"] == [0]]) > 4, "rounds of one")
+    assert max(other.steps) > at + 8
+    for process in stopped:
+        process.resume()
+    since = max(other.steps)
+    job.wait(lambda: [e for e in other.rounds if e["sent"] > since and len(e["islands"]) == 2],
+             "a round of both")  # fmt: skip
+    end.touch()
+    assert job.end() == 0, job.output
+    assert len(job.outers) == 1, job.output
+
+
+# Islands that end and are started again.
+
+
+def saves(directory: Path) -> tuple[str, ...]:
+    return ("--checkpoint-dir", str(directory), "--checkpoint-every", "10")
+
+
+def test_islands_that_are_all_gone_go_on_from_storage_with_the_same_bits(
+    start: Start, tmp_path: Path
+) -> None:
+    job = start(1, 1, LATE, "--pause", "0.05", launch=saves(tmp_path / "saves"))
+    for island in job.islands:
+        job.wait(lambda island=island: island.events("saved"), "a save")
+    assert max(max(island.steps) for island in job.islands) < 20
+    job.kill()
+    job = start(1, 2, LATE, launch=saves(tmp_path / "saves"))
+    assert job.end() == 0, job.output
+    assert job.output.count("training starts at step 10") == 2
+    assert job.ends == reference(json.dumps(BASE | LATE)), job.output
+
+
+@pytest.mark.long
+def test_islands_that_are_told_to_stop_go_on_together(start: Start, tmp_path: Path) -> None:
+    script = ("--steps", "60", "--pause", "0.02")
+    job = start(1, 1, LATE, *script, launch=saves(tmp_path / "saves"))
+    job.islands[0].wait_for_step(14)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 143
+    job = start(2, 1, LATE, *script, launch=saves(tmp_path / "saves"))
+    assert job.end() == 0, job.output
+    assert "training starts at step 0" not in job.output
+    assert len(job.outers) == 1, job.output
+    for island in job.islands:  # also if they were stopped on either side of a round
+        assert island.rounds[-1]["islands"] == [0, 1]
