@@ -38,7 +38,7 @@ OPTIONS: tuple[tuple[str, Any, Any, str, str], ...] = (
      "[all on this machine, without --island].", ""),
     ("island", int, None, "Which of them this is, from 0.", ""),
     ("island-endpoints", str, "", "Where agents of each island listen, in order: "
-     "HOST:PORT[/HOST:PORT…],HOST:PORT,…", ""),
+     "HOST[:PORT][/HOST[:PORT]…],HOST[:PORT],… [default port: 29401].", ""),
     ("rdzv-endpoint", str, "", "Where agents meet: HOST:PORT[,HOST:PORT…].", ""),
     ("rdzv-id", str, "none", "Name of the job.", ""),
     ("job-key-file", str, "", "File with the job's secret key, instead of OUTLAST_JOB_KEY.", ""),
@@ -331,8 +331,17 @@ def _of_island(config: LaunchConfig, options: dict[str, Any]) -> LaunchConfig:
             raise Misuse("islands on several nodes: one `outlast launch` for each, with --island I "
                          "--island-endpoints HOST:PORT,HOST:PORT,…")  # fmt: skip
         return config
-    if options["rdzv_id"] == "none":
-        raise Misuse("--island: name the training with --rdzv-id, the same for all islands")
+    together = {
+        "--island I": options["island"] is not None,
+        f"--islands {max(2, len(places))}": config.islands >= max(1, len(places)),
+        "--island-endpoints with a place for each island": len(places) >= config.islands,
+        "--rdzv-id NAME": options["rdzv_id"] != "none",
+        "secret key, as OUTLAST_JOB_KEY or --job-key-file":
+            bool(options["job_key_file"] or environment().job_key),
+    }  # fmt: skip
+    if missing := [name for name, given in together.items() if not given]:
+        raise Misuse("flags of an island go together, the same for all but --island; there is no "
+                     + "; no ".join(missing))  # fmt: skip
     return config.of_island(options["island"], places)
 
 
@@ -348,10 +357,9 @@ def job_key(path: str, config: LaunchConfig, found: Surroundings | None = None) 
             key = found.key or shared_key(Path(config.log_dir) / "key")
     except OSError as error:
         raise Misuse(f"--log-dir: {error}") from error
-    if key is None and (config.island is not None or not config.standalone):
-        who = "several nodes" if config.island is None else "islands"
+    if key is None and not config.standalone:
         raise Misuse(
-            f"{who} need a secret key, the same on each: export OUTLAST_JOB_KEY="
+            "several nodes need a secret key, the same on each: export OUTLAST_JOB_KEY="
             "$(openssl rand -hex 32), or give --job-key-file"
         )
     if key is not None and len(key) < KEY_BYTES_MIN:

@@ -12,7 +12,7 @@ from typing import Any
 from outlast.checkpoint.every import Every
 from outlast.cluster.errors import Misuse
 
-DEFAULT_PORT = 29400
+DEFAULT_PORT, ISLAND_PORT = 29400, 29401
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,10 @@ class LaunchConfig:
         Every.parse(self.checkpoint_every)
         for text in self.endpoints:
             host_and_port(text)
-        self.island_addresses()
+        places = [place for island in self.island_addresses() for place in island]
+        if twice := sorted({f"{host}:{port}" for host, port in places
+                            if places.count((host, port)) > 1}):  # fmt: skip
+            raise Misuse(f"--island-endpoints: {', '.join(twice)} is there more than once")
         for name, text in (("--redirects", self.redirects), ("--tee", self.tee)):
             captured(text, 0, name)
 
@@ -94,7 +97,10 @@ class LaunchConfig:
     def island_addresses(self) -> tuple[tuple[tuple[str, int], ...], ...]:
         """Where the agents of every island may be found."""
         return tuple(
-            tuple(host_and_port(text, "--island-endpoints") for text in island.split("/"))
+            tuple(
+                host_and_port(text.strip(), "--island-endpoints", ISLAND_PORT)
+                for text in island.split("/")
+            )
             for island in self.island_endpoints
         )
 
@@ -121,10 +127,12 @@ class LaunchConfig:
         return LaunchConfig(**{**fields, **lists})
 
 
-def host_and_port(text: str, flag: str = "--rdzv-endpoint") -> tuple[str, int]:
-    """Split "host:port" or "host" (port 29400); IPv6 addresses stand in brackets."""
+def host_and_port(
+    text: str, flag: str = "--rdzv-endpoint", default: int = DEFAULT_PORT
+) -> tuple[str, int]:
+    """Split "host:port" or "host" (the default port); IPv6 addresses stand in brackets."""
     host, _, port = text.rpartition(":") if ":" in text.rpartition("]")[2] else (text, "", "")
-    number = int(port) if port.isdecimal() else DEFAULT_PORT if not port else 0
+    number = int(port) if port.isdecimal() else default if not port else 0
     if not host or not 0 < number < 65536:
         raise Misuse(f"{flag}: {text!r} is not HOST:PORT")
     return host.strip("[]"), number

@@ -43,13 +43,19 @@ class IslandDesk:
 
     def _route(self, config: LaunchConfig, place: Place) -> str:
         """Our address on the way to the others, which may be another network than the island's."""
-        others = place.endpoints[: place.island] + place.endpoints[place.island + 1 :]
-        ends = [address for island in others for address in island]
-        try:
-            return choose(ends, address="" if config.standalone else config.local_addr).address
-        except Misuse as error:  # nobody else is there yet, and nobody is needed
-            self._refuse(str(error))
-            return self._agent.mesh.me.host
+        ends = []
+        for island, there in enumerate(place.endpoints):
+            if island == place.island:
+                continue
+            try:
+                choose(there)
+                ends += there
+            except Misuse:  # it may come yet, and nobody is needed
+                hosts = ", ".join(host for host, _ in there)
+                self._refuse(f"--island-endpoints: no way from here to {hosts}; check the names")
+        if config.local_addr and not config.standalone:
+            return config.local_addr
+        return choose(ends).address if ends else self._agent.mesh.me.host
 
     async def start(self) -> None:
         """Listen and dial."""

@@ -185,7 +185,8 @@ def test_an_island_that_dies_again_and_again_is_given_up(
     assert "it stays away" in told
 
 
-def test_the_config_of_an_island() -> None:
+def test_the_config_of_an_island(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUTLAST_JOB_KEY", KEY)
     by_hand = ("--rdzv-id", "j", "--islands", "2", "--island", "1", "--log-dir", "logs",
                "--island-endpoints", "a:1/b:2, [::1]:3")  # fmt: skip
     config = parse(*by_hand)
@@ -200,6 +201,8 @@ def test_the_config_of_an_island() -> None:
     assert remote.checkpoint_dir == "s3://bucket/run/island1"
     assert LaunchConfig.from_json(config.as_json()) == config
     assert parse().training.startswith("job-")
+    places = ("--islands", "2", "--island", "0", "--rdzv-id", "j", "--island-endpoints", "a,b:1")
+    assert parse(*places).island_addresses() == ((("a", 29401),), (("b", 1),))
 
 
 @pytest.mark.parametrize(
@@ -209,14 +212,33 @@ def test_the_config_of_an_island() -> None:
         ("--islands 2 --nnodes 2 --rdzv-endpoint a:1", "one `outlast launch` for each"),
         ("--islands 2 --island 1 --island-endpoints a:1,b:1", "--rdzv-id"),
         ("--islands 2 --island 2 --island-endpoints a:1,b:1 --rdzv-id j", "here 0 to 1"),
-        ("--islands 2 --island 1 --rdzv-id j", "go together"),
-        ("--islands 2 --island-endpoints a:1,b:1 --rdzv-id j", "go together"),
-        ("--islands 3 --island 1 --island-endpoints a:1,b:1 --rdzv-id j", "go together"),
+        ("--islands 2 --island 1 --rdzv-id j", "no --island-endpoints with a"),
+        ("--islands 2 --island-endpoints a:1,b:1 --rdzv-id j", "no --island I"),
+        ("--island 1 --island-endpoints a:1,b:1", "no --islands 2; no --rdzv-id NAME"),
+        ("--islands 3 --island 1 --island-endpoints a:1,b:1 --rdzv-id j", "no --island-endpoints"),
+        ("--islands 2 --island 1 --island-endpoints a:1,a:1 --rdzv-id j", "a:1 is there more"),
+        ("--islands 2 --island 1 --island-endpoints a,b/a:29401 --rdzv-id j", "a:29401 is there"),
         ("--islands 2 --island 1 --island-endpoints a:1,b:x --rdzv-id j", "--island-endpoints: 'b"),
-        ("--islands 2 --island 1 --island-endpoints a:1,b:1 --rdzv-id j", "secret key"),
     ],
 )
-def test_what_cannot_work_is_said(arguments: str, complaint: str) -> None:
+def test_what_cannot_work_is_said(
+    arguments: str, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OUTLAST_JOB_KEY", KEY)
     result = CliRunner().invoke(cli.launch, [*arguments.split(), WORKER])
     assert isinstance(result.exception, Misuse)
     assert complaint in str(result.exception)
+
+
+def test_islands_need_a_key() -> None:
+    with pytest.raises(Misuse, match="no --rdzv-id NAME; no secret key"):
+        parse("--islands", "2", "--island", "1", "--island-endpoints", "a:1,b:1")
+
+
+def test_an_island_whose_name_nobody_knows_is_told(start: Start, end: Path) -> None:
+    end.touch()
+    places = f"127.0.0.1:{free_ports(1)[0]},nowhere.invalid:1"
+    job = start("--rdzv-id", "j", "--islands", "2", "--island", "0", "--island-endpoints", places,
+                WORKER, str(end), OUTLAST_JOB_KEY=KEY)  # fmt: skip
+    assert job.end() == 0
+    assert "--island-endpoints: no way from here to nowhere.invalid; check" in job.output
