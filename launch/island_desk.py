@@ -5,6 +5,7 @@ before, so everybody elsewhere is asked to say it again.
 """
 
 import hmac
+import json
 from typing import TYPE_CHECKING, Any
 
 from outlast.cluster.errors import Misuse
@@ -13,7 +14,7 @@ from outlast.cluster.link import CLOSED
 from outlast.cluster.view import field
 from outlast.launch.config import LaunchConfig
 from outlast.launch.interface import choose
-from outlast.launch.link import Message
+from outlast.launch.link import DATAGRAM_BYTES, Message
 from outlast.launch.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
@@ -86,11 +87,17 @@ class IslandDesk:
     def said(self, worker: WorkerProcess, message: Message) -> None:
         """A worker tells all workers of all other islands something."""
         text = field(message, "message", dict)
+        if len(json.dumps(_told(self._islands, text))) > DATAGRAM_BYTES:
+            raise Misuse(f"a message to other islands of more than {DATAGRAM_BYTES} bytes")
         if self._mesh is not None:
             self._mesh.say(text)
 
     def _heard(self, island: int, message: Message) -> None:
-        self._forward({"kind": "islands", "island": island, "message": message})
+        told = _told(island, message)
+        if len(json.dumps(told)) > DATAGRAM_BYTES:  # a worker would get the beginning alone
+            self._refuse(f"a message of island {island} of more than {DATAGRAM_BYTES} bytes")
+        else:
+            self._forward(told)
 
     def _reached(self, islands: list[int], count: int) -> None:
         if islands != self._reach["islands"]:
@@ -111,3 +118,8 @@ class IslandDesk:
         for worker in self._agent.crew.attached:
             if worker.holder in self._followers:
                 worker.send(message)
+
+
+def _told(island: int, message: Message) -> Message:
+    """How a worker hears what one of another island has said."""
+    return {"kind": "islands", "island": island, "message": message}

@@ -17,6 +17,7 @@ from typing import Any
 DATAGRAM_BYTES = 128 << 10
 QUEUE_LENGTH = 1024
 BUFFER_BYTES = 1 << 20
+TOO_LONG = f"a message of more than {DATAGRAM_BYTES} bytes"  # which nobody answers
 
 Message = dict[str, Any]
 
@@ -61,17 +62,17 @@ class Link:
         """Hand over every datagram that has arrived; also called before a death is judged."""
         while self._socket.fileno() >= 0:
             try:
-                data, files, _, _ = socket.recv_fds(self._socket, DATAGRAM_BYTES, 8)
+                data, files, flags, _ = socket.recv_fds(self._socket, DATAGRAM_BYTES, 8)
             except BlockingIOError:
                 return
             except OSError:
-                data, files = b"", []
+                data, files, flags = b"", [], 0
             for file in files:  # workers send none
                 os.close(file)
             if not data:
                 self._loop.remove_reader(self._socket)
                 return
-            message = None
+            message = {"kind": TOO_LONG} if flags & socket.MSG_TRUNC else None
             with contextlib.suppress(ValueError):  # a script may write anything
                 message = json.loads(data)
             if isinstance(message, dict):

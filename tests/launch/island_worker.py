@@ -4,6 +4,7 @@ Usage: island_worker.py END [FLAW]. It ends once the file END exists. FLAW: `rai
 in island 1 then.
 """
 
+import json
 import os
 import sys
 import time
@@ -32,6 +33,7 @@ class IslandWorker(FakeWorker):
                     self.say("event", event="outer", step=30, fragment=1, islands=[0, 1])
 
 
+LONGEST = 128 << 10
 ISLAND = int(os.environ["OUTLAST_ISLAND"])
 
 
@@ -45,6 +47,9 @@ def main() -> None:
     names = ("OUTLAST_ISLANDS", "RANK", "WORLD_SIZE")
     worker.say("event", event="fake_started", **told, **{name: os.environ[name] for name in names})
     worker.say("islands", message=["no object"])  # refused, and nothing else happens
+    for size in (LONGEST, 2 * LONGEST):  # in both cases too long for those who would hear it
+        frame = len(json.dumps({"kind": "islands", "message": {"text": ""}}))
+        worker.say("islands", message={"text": "x" * (size - frame)})
     worker.say("ready")
     worker.say("follow")
     Thread(target=worker.listen, daemon=True).start()
