@@ -220,6 +220,7 @@ class Report:
         numerics: what else decides the bits, see `runtime.determinism`.
         ended: newest step behind which all ranks have waited for each other, as it knows.
         changed: what it has besides trained parameters came from storage, not from the script.
+        astray: an island's ranks were about to take another island's state.
     """
 
     rank: int
@@ -236,6 +237,7 @@ class Report:
     parity: tuple[ParitySource, ...]
     ended: int = -1
     changed: bool = False
+    astray: bool = False
 
     def as_json(self) -> dict[str, Any]:
         slots = [

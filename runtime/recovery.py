@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from outlast.checkpoint.average import RATE
 from outlast.checkpoint.ladder import Recovery
@@ -17,7 +18,7 @@ from outlast.cluster.errors import GenerationChanged, Misuse, PeerLost, StateLos
 from outlast.cluster.failpoint import reach
 from outlast.layout.run import Run, numel
 from outlast.runtime.determinism import numerics
-from outlast.runtime.islands.entry import Entry
+from outlast.runtime.islands.entry import OUTSIDE, Entry
 from outlast.runtime.islands.outer import Outer
 from outlast.runtime.islands.outer_optimizer import OUTER_PARAM
 from outlast.runtime.leaf_tree import Node, covered
@@ -103,8 +104,9 @@ class _Entry:
             decision, half = self._load(decision, stored)
         else:
             half = self._move(decision, survey)
-        if training.outer is not None and (decision.fresh or stored or training.outer.astray):
-            decision, half = self._take_part(training.outer, decision, half)
+        astray = any(report.astray for report in reports)
+        if training.outer is not None and (astray or OUTSIDE in decision.outer or decision.fresh):
+            decision, half = self._take_part(training.outer, decision, half, astray)
         self._mark("move")
         redone = max(0, training.committed - decision.step)
         self._reach("resume")
@@ -145,22 +147,21 @@ class _Entry:
                 raise
             names = durable.names(self.communicator)
             if names or self.training.outer is not None:
-                return self._anew(ladder.anew(reports)), names
+                return ladder.anew(reports), names
             raise
         return decision, durable.names(self.communicator) if decision.fresh else ()
 
-    def _anew(self, decision: Recovery) -> Recovery:
-        """No memory has the state: an island can only take that of another one."""
-        if self.training.outer is not None:
-            self.training.outer.astray = True
-        return decision
-
-    def _take_part(self, outer: Outer, decision: Recovery, half: int) -> tuple[Recovery, int]:
+    def _take_part(
+        self, outer: Outer, decision: Recovery, half: int, astray: bool
+    ) -> tuple[Recovery, int]:
         """Begin with the other islands, or take the state of one; what the state is now."""
         training = self.training
         owned = decision.layout.runs(training.link.identity.holder)
+        outer.astray = astray  # also on a rank that has come since
+        # Without a state of its own it can only take that of another one.
+        lost = decision.fresh and self.generation.trained
         entry = Entry(training, outer, self.generation, owned, decision.step, decision.outer)
-        record = entry.run(1 - half)
+        record = entry.run(1 - half, lost)
         outer.astray = False
         if record is None:
             return decision, half
@@ -178,13 +179,13 @@ class _Entry:
         found = training.durable.load(self.communicator, names, owned)
         decision = replace(
             decision, step=found.step, fresh=False, losses=tuple(found.losses),
-            scalars=found.scalars, norms=found.norms, lineage=found.lineage, outer=found.outer,
-            stored=True,
+            scalars=found.scalars, norms=found.norms, lineage=found.lineage,
+            outer=found.outer | self._outside, stored=True,
         )  # fmt: skip
         training.gathered = -1
         record = replace(
             self._empty_record(decision), norms=found.norms, lineage=found.lineage,
-            outer=found.outer,
+            outer=decision.outer,
         )  # fmt: skip
         training.state.publish(0, record, owned, owned, self.generation.view.generation)
         return decision, 0
@@ -241,6 +242,7 @@ class _Entry:
             parity=tuple(parity.source for parity in survey.parity),
             ended=training.ended,
             changed=training.durable.changed,
+            astray=training.outer is not None and training.outer.astray,
         )
 
     def _move(self, decision: Recovery, survey: Survey) -> int:
@@ -278,8 +280,14 @@ class _Entry:
             if training.outer is not None:
                 state.host(0, OUTER_PARAM, run).copy_(home)
         sums = self.memory.sums(0, owned)
-        self.memory.commit(0, SlotRecord(0, generation, owned, owned, sums, {}, []))
+        record = SlotRecord(0, generation, owned, owned, sums, {}, [], outer=self._outside)
+        self.memory.commit(0, record)
         return 0
+
+    @property
+    def _outside(self) -> dict[str, Any]:
+        """What the record of a state says with which an island does not take part yet."""
+        return {OUTSIDE: True} if self.training.outer is not None else {}
 
     def _resume(self, decision: Recovery, reports: Sequence[Report], half: int) -> int:
         """Adopt the state, gather the parameters, deal the missing leaves; returns leaves kept."""
@@ -297,13 +305,13 @@ class _Entry:
         training.enter(self.generation, decision.layout, [report.weight for report in reports])
         if decision.fresh:
             training.gathered = 0
-        elif decision.fills or any(report.done != step for report in reports):
+        elif decision.stored or decision.fills or any(r.done != step for r in reports):
             training.gather()
         if not decision.stored:
             training.durable.share(self.communicator, [report.changed for report in reports])
         # Leaves of other parameters than those of now do not count.
         averaged = any(one.step == step and one.runs for one in lineage)
-        kept = {} if averaged else _kept(reports, step)
+        kept = {} if averaged or decision.stored else _kept(reports, step)
         training.stack.start(step)
         training.stack.keep(kept.get(self.rank, ()))
         training.deal_leaves(kept)

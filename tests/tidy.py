@@ -18,7 +18,7 @@ CODE_FOLDERS = (*PACKAGES, "examples", "benchmarks", "tests")
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".html", ".lock", ".sh", ".txt", ".cfg"}
 
 FILE_LINES, FUNCTION_LINES, CLASS_LINES = 500, 60, 250
-PARAMETERS, METHODS, COLUMNS, PRODUCT_LINES = 7, 15, 100, 20_000
+PARAMETERS, METHODS, COLUMNS, PRODUCT_LINES = 7, 15, 100, 20_300
 
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc"}
 PURE_IMPORTS = {

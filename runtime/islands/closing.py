@@ -105,7 +105,7 @@ def verdict(at: Round, votes: Sequence[Mapping[str, Any]], me: int) -> Verdict:
         beyond = absent & {me, *first["lost"]}
         if not beyond:
             return WAIT
-        if there and me not in beyond and not first["late"]:
+        if there.keys() - beyond and me not in beyond and not first["late"]:
             return Verdict(wanted=tuple(sorted(beyond)))
         if there:  # what nobody sends any more is in the state of those who had it
             return Verdict(astray=min(there))

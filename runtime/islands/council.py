@@ -124,7 +124,7 @@ class Council:
             self._tell("island_forked", **place, donor=found.astray)
             raise Astray(f"fragment {at.fragment} of step {at.step}: island {found.astray}")
         for island in found.wanted:
-            self._neighbours.want(at.fragment, at.step, island)
+            self._neighbours.request(type="want", **place, island=island)
         if found.closed and found.islands is not None:
             closing = {"base": at.base.name, "by": self._me, "islands": list(found.islands)}
             first = self._communicator.rank == 0

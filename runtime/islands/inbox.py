@@ -58,7 +58,6 @@ class _State:
     step: int = -1
     there: dict[str, tuple[Run, ...]] = field(default_factory=dict)
     facts: dict[str, Any] | None = None
-    size: int = 0
 
     @property
     def whole(self) -> bool:
@@ -218,12 +217,6 @@ class Inbox:
         with self.changed:
             state = self._states.get(nonce)
             return state.facts if state is not None and state.whole else None
-
-    def progress(self, nonce: str) -> int:
-        """Bytes of an expected state that have come."""
-        with self.changed:
-            state = self._states.get(nonce)
-            return state.size if state is not None else 0
 
     def forget(self, nonce: str) -> None:
         """Expect nothing under this nonce any more."""

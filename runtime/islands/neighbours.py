@@ -101,7 +101,7 @@ class Neighbours:
         self.asks: dict[int, tuple[str, int, int]] = {}  # island -> (name, donor, its ranks)
         self._answered: dict[str, None] = {}
         self.wants: dict[Want, None] = {}  # what others heard of and have not got
-        self._asked: dict[object, float] = {}
+        self._asked: dict[str, float] = {}
         self._places: dict[int, dict[int, Place]] = {}  # island -> holder, newest last
         self._began: dict[int, int] = {}
         self.reach: tuple[int, ...] = ()  # islands
@@ -178,23 +178,13 @@ class Neighbours:
         if say:
             self._say({"type": "closing", "fragment": fragment, "step": step, **closing})
 
-    def ask(self, name: str, donor: int, size: int) -> None:
-        """Ask `donor` for its state under this name; now and then, for nobody repeats it."""
-        if self._now_and_then(name):
-            self._say({"type": "ask", "name": name, "donor": donor, "size": size})
-
-    def want(self, fragment: int, step: int, island: int) -> None:
-        """Ask for what an island has sent to others before it fell silent; now and then."""
-        if self._now_and_then((fragment, step, island)):
-            self._say({"type": "want", "fragment": fragment, "step": step, "island": island})
-
-    def _now_and_then(self, what: object) -> bool:
-        now = time.monotonic()
-        if now < self._asked.get(what, 0.0):
-            return False
-        self._asked = {key: at for key, at in self._asked.items() if at > now}
-        self._asked[what] = now + _ASK_AGAIN_S
-        return True
+    def request(self, **message: Any) -> None:
+        """Say something that nobody repeats; called often, it is said now and then."""
+        now, key = time.monotonic(), str(message)
+        if now >= self._asked.get(key, 0.0):
+            self._asked = {other: at for other, at in self._asked.items() if at > now}
+            self._asked[key] = now + _ASK_AGAIN_S
+            self._say(message)
 
     def _repeat(self) -> None:
         if self._mine is not None:
@@ -224,11 +214,6 @@ class Neighbours:
         with self.changed:
             self._answered[name] = None
             return next(island for island, ask in self.asks.items() if ask[0] == name)
-
-    def known_closings(self) -> list[tuple[Closed, dict[str, Any]]]:
-        """All that is known to be closed, oldest first."""
-        with self.changed:
-            return list(self.closings.items())
 
     def newest(self, state: str) -> dict[int, Place]:
         """Islands in reach that are in this state -> the rank that was heard of last.

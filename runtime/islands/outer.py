@@ -7,8 +7,8 @@ applies the same. Other islands are waited for in one place, `Council.decided`.
 
 import re
 import time
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -42,15 +42,19 @@ from outlast.runtime.islands.outer_optimizer import (
     PSEUDOGRADIENT,
     SENT_ROLES,
     OuterOptimizer,
+    taken_roles,
 )
 from outlast.runtime.islands.replay import Recorder, Replay
 from outlast.runtime.islands.settings import Islands
+from outlast.runtime.islands.shares import Shares
 from outlast.runtime.link import Generation
 
 if TYPE_CHECKING:
     from outlast.runtime.training import Training
 
 Live = dict[str, list[Tensor]]
+
+PARDONED = 1  # rounds in a row without this island, after which it is better off at the front
 
 
 class Outer:
@@ -69,7 +73,7 @@ class Outer:
         self.fragments = fragments(self._space, settings.fragment, settings.order)
         count, grain = len(self.fragments), training.settings.grain
         self.rounds = Rounds(settings.every, count)
-        self._delays = settings.delays(self.island, count, self.islands)
+        self.delays = settings.delays(self.island, count, self.islands)
         self._mixings = settings.mixings(count)
         made = self._codec = codec(settings.codec, grain)
         self._optimizer = OuterOptimizer(settings, made, training.primary, grain)
@@ -95,10 +99,8 @@ class Outer:
             self.council = Record(Replay(Path(settings.replay), made), made)
         shared = training.settings
         self.common = settings.common(f"{model} {shared.seed} {shared.leaves} {shared.grain}")
-        self.initial = self.facts = self._next = Facts.initial(count, self.common)
+        self.facts = self._next = Facts.initial(self.rounds, self.common)
         self.astray = False  # a peer's state has to be taken before the next step
-        self._of: list[int] = []  # fragment of every owned run
-        self._units: list[int] = []
         training.link.follow_islands(self.neighbours.heard, self.neighbours.reached)
 
     @property
@@ -110,16 +112,11 @@ class Outer:
     def enter(self, generation: Generation, facts: Mapping[str, Any]) -> None:
         """Go on in a generation, from the facts of a record, with the runs that are owned now."""
         self._generation = generation
-        self.facts = self._next = Facts.from_json(facts) if facts else self.initial
+        state = self._training.state
+        self.facts = self._next = Facts.of(facts, state.step, self.rounds, self.common)
         self.council.enter(generation.communicator)
         self.courier.enter()
-        home = {unit: p for p, fragment in enumerate(self.fragments) for unit in fragment.units}
-        units = [i for i, unit in enumerate(self._space.units) if unit.numel]
-        edges = [self._space.units[i].start for i in units]
-        runs = self._training.state.runs
-        self._units = [units[bisect_right(edges, run.start) - 1] for run in runs]
-        self._of = [home[unit] for unit in self._units]
-        state = self._training.state
+        self.shares = Shares(self._space, self.fragments, state.runs)
         self.tell(generation, TRAINING, state.step, state.owned)
 
     def tell(self, generation: Generation, state: str, step: int, owned: Sequence[Run]) -> None:
@@ -144,27 +141,25 @@ class Outer:
                 cause = refused.popleft()
                 self._training.link.send(kind="event", event="island_refused", cause=cause)
         pending = self._pending(step)
-        rounds = {at.key: self.council.vote(at, self._chosen(at.fragment)[1]) for at in pending}
+        rounds = {at.key: self.council.vote(at, self.shares.of(at.fragment)[1]) for at in pending}
         return {"rounds": rounds, "asks": self.neighbours.asking(self.island)}
 
     def _bring(self, values: Sequence[Tensor]) -> None:
-        runs = self._training.state.runs
-        self.courier.bring(self._next, values, runs, self._of)
-        self.courier.pass_on(self.inbox, runs, self._of)
+        self.courier.bring(self._next, values, self.shares.runs, self.shares.fragments)
+        self.courier.pass_on(self.inbox, self.shares.runs, self.shares.fragments)
 
     def _pending(self, step: int) -> list[Round]:
-        flying = [*self.rounds.flying(step - 1, self._delays), *self.rounds.due(step, self._delays)]
-        return [self._round(p, sent) for p, sent in dict.fromkeys(flying)]
+        flying = [*self.rounds.flying(step - 1, self.delays), *self.rounds.due(step, self.delays)]
+        return self._open(dict.fromkeys(flying))
+
+    def _open(self, rounds: Iterable[tuple[int, int]]) -> list[Round]:
+        """Those of the rounds that are not in the state yet: who enters may be ahead with some."""
+        return [self._round(p, sent) for p, sent in rounds if sent > self._next.applied[p]]
 
     def _round(self, fragment: int, step: int) -> Round:
         facts = self._next
         sent = facts.sent[fragment]
         return Round(fragment, step, facts.versions[fragment], sent is not None and sent[0] == step)
-
-    def _chosen(self, fragment: int) -> tuple[list[int], list[Run]]:
-        """Which of the owned runs are of a fragment, and these."""
-        chosen = [i for i, of in enumerate(self._of) if of == fragment]
-        return chosen, [self._training.state.runs[i] for i in chosen]
 
     def advance(self, live: Live, step: int, heads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The outer part of the step that makes `step` steps, on the opened half.
@@ -178,11 +173,11 @@ class Outer:
         self._next = self.facts
         for fragment in self.rounds.sent(step):
             if step > self.facts.began:
-                self._optimizer.send(live, self._chosen(fragment)[0])
+                self._optimizer.send(live, self.shares.of(fragment)[0])
                 self._next = self._next.sending(fragment, step)
         self._bring(live[PSEUDOGRADIENT])
         votes = [head["outer"]["rounds"] for head in heads]
-        due = [self._round(*at) for at in self.rounds.due(step, self._delays)]
+        due = self._open(self.rounds.due(step, self.delays))
         try:
             for at in self._pending(step):
                 if at not in due and (said := given(votes, at)):
@@ -195,36 +190,58 @@ class Outer:
         return self._next.as_json()
 
     def _apply(self, live: Live, at: Round, step: int, votes: Sequence[Vote]) -> None:
-        fragment, (chosen, runs) = at.fragment, self._chosen(at.fragment)
+        fragment, (_, runs) = at.fragment, self.shares.of(at.fragment)
         tend = partial(self._bring, live[PSEUDOGRADIENT])
         islands = self.council.decided(at, runs, votes, tend)
-        device = self._training.model.device
-        vectors = {j: [values.to(device) for values in self.council.contribution(at, j, runs)]
-                   for j in islands if j != self.island}  # fmt: skip
-        if self.island in islands:
+        missed = at.contributed and self.island not in islands and not self.settings.replay
+        if missed and self._next.missed == PARDONED:
+            self._tell("island_behind", fragment=fragment, step=step)
+            raise Astray(f"fragment {fragment} of step {at.step}: nobody waits for this island")
+        self._next = replace(self._next, missed=self._next.missed + 1 if missed else 0)
+        self._next, told = self.merge(
+            live, self.shares, at, islands, self._next, self._communicator
+        )
+        self._tell(
+            "outer", fragment=fragment, step=step, sent=at.step, islands=list(islands),
+            waited_s=round(self.council.waited_s, 4), bytes=self.exchange.sent_bytes,
+            version=self._next.versions[fragment].name, **({"guard": told} if told else {}),
+        )  # fmt: skip
+
+    def merge(
+        self, live: Live, shares: Shares, at: Round, islands: Sequence[int], facts: Facts,
+        group: Communicator,
+    ) -> tuple[Facts, dict[str, Any]]:  # fmt: skip
+        """Average what `islands` have sent, make the outer step, and merge it into the parameters.
+
+        Args:
+            live: role -> a view of every run of `shares`.
+        Returns:
+            the facts afterwards, and what the averaging rule has to tell.
+        """
+        fragment, (chosen, runs) = at.fragment, shares.of(at.fragment)
+        homes = [live[PSEUDOGRADIENT][i].device for i in chosen]
+        vectors = {
+            j: [*map(Tensor.to, self.council.contribution(at, j, runs), homes)]
+            for j in islands if j != self.island or not at.contributed
+        }  # fmt: skip
+        if at.contributed and self.island in islands:
             vectors[self.island] = [live[PSEUDOGRADIENT][i] for i in chosen]
         if self._recorder is not None:
             pieces = {j: [*zip(runs, map(self._codec.encode, vectors[j]), strict=True)]
                       for j in islands}  # fmt: skip
-            self._recorder.keep(fragment, at.step, islands, pieces, self._communicator.rank)
-        guard, told = self._next.guard, dict[str, Any]()
+            self._recorder.keep(fragment, at.step, islands, pieces, group.rank)
+        guard, told = facts.guard, dict[str, Any]()
         if islands:
             average, guard, told = self._optimizer.average(
-                {j: vectors[j] for j in islands}, runs, [self._units[i] for i in chosen], guard,
-                self._communicator.gather_bytes,
+                {j: vectors[j] for j in islands}, runs, [shares.units[i] for i in chosen], guard,
+                group.gather_bytes,
             )  # fmt: skip
             self._optimizer.apply(live, chosen, average, self._mixings[fragment])
-        version = self._next.versions[fragment].after(at.step, islands)
-        self._next = self._next.applied(fragment, version, guard)
-        self._tell(
-            "outer", fragment=fragment, step=step, sent=at.step, islands=list(islands),
-            waited_s=round(self.council.waited_s, 4), bytes=self.exchange.sent_bytes,
-            version=version.name, **({"guard": told} if told else {}),
-        )  # fmt: skip
+        return facts.merged(fragment, at.step, islands, guard), told
 
     def still(self, step: int) -> frozenset[str]:
         """Roles that the step that makes `step` steps leaves as they are."""
-        sent, due = self.rounds.sent(step), self.rounds.due(step, self._delays)
+        sent, due = self.rounds.sent(step), self.rounds.due(step, self.delays)
         changed = (SENT_ROLES if sent else ()) + (APPLIED_ROLES if due else ())
         return frozenset(OUTER_ROLES) - frozenset(changed)
 
@@ -237,7 +254,9 @@ class Outer:
             self.tell(self._generation, TRAINING, state.step, state.owned)
         for name in sorted(set.intersection(*(set(head["outer"]["asks"]) for head in heads))):
             island = self.neighbours.take_up(name)
-            roles = {role.name: state.live(role.name) for role in state.roles}
+            roles = {
+                role: state.live(role) for role in taken_roles(state.roles, self._training.primary)
+            }
             facts = {"step": record.step, "scalars": record.scalars,
                      "losses": list(record.losses), "outer": record.outer}  # fmt: skip
             self.courier.hand_over(name, island, roles, state.runs, facts)

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from outlast.checkpoint.records import Role
 from outlast.layout.run import Run
 from outlast.runtime.islands.codec import Codec
 from outlast.runtime.islands.rules import grain_grams, total, trimmed_mean, weights
@@ -31,6 +32,11 @@ Guard = dict[str, Any]
 def outer_roles(settings: Islands) -> tuple[str, ...]:
     """Roles that an island has besides those of its inner optimizer, all float32."""
     return OUTER_ROLES if settings.codec == "topk" else OUTER_ROLES[:-1]
+
+
+def taken_roles(roles: Sequence[Role], primary: str) -> list[str]:
+    """Those that an island takes from another one; it makes the others from these."""
+    return [role.name for role in roles if role.name not in (primary, *SENT_ROLES)]
 
 
 class OuterOptimizer:

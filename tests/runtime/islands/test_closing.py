@@ -111,6 +111,7 @@ def test_who_follows_a_closing_waits_for_what_it_names() -> None:
     assert verdict(MINE, [vote(**follower, have={})], 1) == WAIT
     gone = vote(**follower, have={}, lost=[0])
     assert verdict(MINE, [gone], 1).wanted == (0,)
+    assert verdict(MINE, [gone | {"there": {"0": 0}}], 1).astray == 0  # no third one to ask
     assert verdict(MINE, [gone | {"late": True}], 1).astray == 0
     assert verdict(MINE, [gone | {"there": {}}], 1).closed  # nobody has it any more
     other = closing | {"base": "c", "islands": [1, 2]}

@@ -21,7 +21,9 @@ GRAIN, NUMEL, STEP = 8, 200, 30
 UNITS = [Run.of(0, 77), Run.of(77, 120), Run.of(120, 200)]
 FRAGMENTS = [[UNITS[0], UNITS[2]], [UNITS[1]]]
 VALUES = torch.sin(torch.arange(NUMEL) * 1.3)
-FACTS = Facts(0, (Version(3, "v"), Version(2, "w")), ((STEP, Version(3, "v")), None))
+FACTS = Facts(
+    0, (Version(3, "v"), Version(2, "w")), ((STEP, Version(3, "v")), None), (0, 0), "settings"
+)
 
 
 def dealt(size: int) -> list[list[Run]]:
