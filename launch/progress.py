@@ -12,6 +12,7 @@ from outlast.launch.console import Console
 from outlast.launch.link import Message
 
 REFUSED_MAX = 16  # causes on the console
+TURNS = 10  # of the first fragment, from one word about the exchange to the next
 
 
 class Progress:
@@ -22,6 +23,8 @@ class Progress:
         self.causes: dict[str, str] = {}  # agent -> why it was lost
         self._recovered = 0
         self._islands: list[int] = []  # that had a share in what was merged last
+        self._rounds = self._turns = 0  # of all fragments, of the first one
+        self._waited_s = 0.0
         self._refused: set[str] = set()  # why
         self._early: deque[str] = deque(maxlen=8)  # what there was to say before the first view
         self._view: View | None = None
@@ -134,13 +137,20 @@ class Progress:
             self.say(f"an island is refused: {cause}")
 
     def _outer(self, message: Message) -> None:
-        """A fragment was merged: said when other islands than before had a share in it."""
-        islands = message.get("islands")
+        """A fragment was merged: said when other islands than before had a share in it, and now
+        and then what all that has cost."""
+        names = ("islands", "fragment", "step", "waited_s", "bytes")
+        islands, fragment, step, waited_s, size = (message.get(name) for name in names)
         if isinstance(islands, list) and islands != self._islands:
             self._islands = islands
-            names = ", ".join(map(str, islands))
-            which = f"fragment {message.get('fragment')} of islands {names} is merged"
-            self.say(f"step {message.get('step')}: {which}")
+            which = f"fragment {fragment} of islands {', '.join(map(str, islands))} is merged"
+            self.say(f"step {step}: {which}")
+        if isinstance(waited_s, float) and isinstance(size, int):
+            self._rounds, self._waited_s = self._rounds + 1, self._waited_s + waited_s
+            self._turns += fragment == 0
+            if fragment == 0 and self._turns % TURNS == 0:
+                cost = f"waited {self._waited_s:.1f} s, {size / 1e6:.1f} MB sent by rank 0"
+                self.say(f"step {step}: {self._rounds} rounds so far, {cost}")
 
     def _changes(self, before: View, view: View) -> str:
         stops = view.stopping and not before.stopping

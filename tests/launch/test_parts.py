@@ -1,4 +1,4 @@
-"""The parts of an agent that need no job: latch, logs, memory, keys, environment."""
+"""The parts of an agent that need no job: latch, logs, memory, keys, environment, console."""
 
 import gc
 import json
@@ -16,8 +16,10 @@ from outlast.cluster.errors import Misuse
 from outlast.cluster.latch import Latch
 from outlast.cluster.view import Member, View, Worker
 from outlast.launch.config import LaunchConfig
+from outlast.launch.console import Console
 from outlast.launch.memory_holder import MemoryHolder
 from outlast.launch.metrics_log import MetricsLog
+from outlast.launch.progress import Progress
 from outlast.launch.store_relay import StoreRelay
 from outlast.launch.torch_environment import master_port, torch_environment
 
@@ -170,3 +172,35 @@ def test_environment_of_a_view() -> None:
     newcomer = Member("b", "m", "h", 1, (Worker(99, 0),))
     values = torch_environment(view, newcomer, 0, config, {})
     assert (values["RANK"], values["WORLD_SIZE"]) == ("5", "6")
+
+
+def test_what_is_said_of_islands(capfd: pytest.CaptureFixture[str]) -> None:
+    console = Console("[island 0] ")
+    progress = Progress(console, "j", "logs", "a")
+    progress.told("island_refused", {"cause": "another key"})
+    progress.reach([], [1, 2])
+    progress.install(View(1, (Member("a", "n", "h", 1, (Worker(7, 0),)),)), 0.0, 0.0)
+    for index in range(40):
+        progress.told("outer", {
+            "step": 10 * index, "fragment": index % 2, "islands": [0, 1], "waited_s": 0.25,
+            "bytes": 100_000 * index,
+        })  # fmt: skip
+    progress.reach([1, 2], [2])
+    for cause in ("another key", "another name"):
+        progress.told("island_refused", {"cause": cause})
+    console.close()
+    lines = [
+        line.removeprefix("outlast: [island 0] ") for line in capfd.readouterr().err.split("\n")
+    ]
+    assert lines == [
+        "job j: 1 node, 1 worker; logs in logs",
+        "an island is refused: another key",
+        "island 1 is in reach",
+        "island 2 is in reach",
+        "step 0: fragment 0 of islands 0, 1 is merged",
+        "step 180: 19 rounds so far, waited 4.8 s, 1.8 MB sent by rank 0",
+        "step 380: 39 rounds so far, waited 9.8 s, 3.8 MB sent by rank 0",
+        "island 1 is out of reach",
+        "an island is refused: another name",
+        "",
+    ]
