@@ -103,12 +103,14 @@ def verdict(at: Round, votes: Sequence[Mapping[str, Any]], me: int) -> Verdict:
         if not absent:
             return Verdict(islands)
         beyond = absent & {me, *first["lost"]}
-        if not beyond:
+        if not beyond and not first["late"]:
             return WAIT
         if there.keys() - beyond and me not in beyond and not first["late"]:
             return Verdict(wanted=tuple(sorted(beyond)))
-        if there:  # what nobody sends any more is in the state of those who had it
+        if there and beyond:  # what nobody sends any more is in the state of those who had it
             return Verdict(astray=min(there))
+        # What counts does not get here, though its sender is in reach: better apart than stopped.
+        return Verdict(tuple(sorted(same)), closed=True, missed=tuple(sorted(absent)))
     takes_part = {island for island, began in there.items() if began < at.step}
     if at.contributed or not takes_part:
         takes_part |= {me}
