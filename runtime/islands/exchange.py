@@ -96,6 +96,8 @@ class Exchange:
 
     def close(self) -> None:
         """Drop everything and stop listening; to be called last."""
+        if self._loop.is_closed():
+            return
         self._loop.call_soon_threadsafe(self._server.close)
         self._end()
 

@@ -64,8 +64,11 @@ class Place:
             versions = tuple(str(name) for name in message["versions"])
         except (KeyError, TypeError, ValueError) as error:
             raise Misuse(f"a place of another island: {error}") from error
-        if not all(0 <= run.start <= run.stop <= numel for run in runs):
-            raise Misuse("a place of another island: it trains another model")
+        edges = [edge for run in runs for edge in (run.start, run.stop)]
+        if not all(type(edge) is int for edge in edges) or edges != sorted(edges):
+            raise Misuse("a place of another island: no runs in order")
+        if edges and not 0 <= edges[0] <= edges[-1] <= numel:
+            runs = ()  # of another model, which `settings` tells
         numbers = (field(message, name, int, 0, 1 << 62) for name in ("holder", "size", "step"))
         holder, size, step = numbers
         return Place(
@@ -188,7 +191,7 @@ class Neighbours:
 
     def _repeat(self) -> None:
         if self._mine is not None:
-            newest = list(self.closings.items())[-16:]
+            newest = list(self.closings.items())[-2 * max(8, len(self._mine.versions)) :]
             closings = [{"fragment": p, "step": step, **what} for (p, step, _), what in newest]
             self._say(self._mine.as_json() | {"closings": closings})
 

@@ -100,6 +100,7 @@ class Outer:
         shared = training.settings
         self.common = settings.common(f"{model} {shared.seed} {shared.leaves} {shared.grain}")
         self.facts = self._next = Facts.initial(self.rounds, self.common)
+        self._done = False
         self.astray = False  # a peer's state has to be taken before the next step
         training.link.follow_islands(self.neighbours.heard, self.neighbours.reached)
 
@@ -250,7 +251,8 @@ class Outer:
         ranks for it."""
         changed, self.facts = self._next.versions != self.facts.versions, self._next
         state = self._training.state
-        if changed:
+        if changed or self._done:
+            self._done = False
             self.tell(self._generation, TRAINING, state.step, state.owned)
         for name in sorted(set.intersection(*(set(head["outer"]["asks"]) for head in heads))):
             island = self.neighbours.take_up(name)
@@ -265,6 +267,7 @@ class Outer:
     def finish(self) -> None:
         """The last step is done: what others may wait for goes out before this island goes."""
         state, timing = self._training.state, self._training.link.identity.timing
+        self._done = True  # for as long as no further step is made
         self.tell(self._generation, DONE, state.step, state.owned)
         end = time.monotonic() + self.settings.patience_s
         while not self.exchange.flush(timing.tick_s) and time.monotonic() < end:
