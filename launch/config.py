@@ -50,6 +50,7 @@ class LaunchConfig:
     requeues: int = 0  # how often a scheduler has started the job before
     islands: int = 1
     island: int | None = None  # which of them this job is
+    together: bool = False  # all islands are of one launch, and share its console
     island_endpoints: tuple[str, ...] = ()  # of each: "HOST:PORT", or several with "/" between
 
     def __post_init__(self) -> None:
@@ -93,6 +94,11 @@ class LaunchConfig:
     def training(self) -> str:
         """The name that all islands share: the job's without that of its island."""
         return self.job.removesuffix(f".island{self.island}")
+
+    @property
+    def checkpoint_root(self) -> str:
+        """What --checkpoint-dir is, for all islands."""
+        return self.checkpoint_dir.removesuffix(f"/island{self.island}")
 
     def island_addresses(self) -> tuple[tuple[tuple[str, int], ...], ...]:
         """Where the agents of every island may be found."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from outlast.cluster.view import Member
+from outlast.launch.config import LaunchConfig
 from outlast.launch.crew import dismiss, forward
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ class Outcome:
     rejoin: bool = False
     signal: int = 0
     step: int = -1
+
+
+def goes_on(config: LaunchConfig) -> str:
+    """What to do after a job was stopped."""
+    return f"the same command with --checkpoint-dir {config.checkpoint_root} goes on"
 
 
 class Ending:
@@ -119,9 +125,10 @@ class Ending:
     def _end_stored(self) -> None:
         if not self.stopping:
             return  # cut off before the view came that says so
-        number, where = signal.Signals[self.stopping], self._agent.config.checkpoint_dir
-        text = (f"stopped by {number.name}; step {self._stored} is in {where}: "
-                f"the same command with --checkpoint-dir {where} goes on")  # fmt: skip
+        number, config = signal.Signals[self.stopping], self._agent.config
+        text = f"stopped by {number.name}; step {self._stored} is in {config.checkpoint_dir}"
+        if not config.together:  # else its launcher says it for all islands
+            text += f": {goes_on(config)}"
         end = Outcome(128 + number, text, signal=number, step=self._stored)
         self._agent.end(end, broadcast=True)
 

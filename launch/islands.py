@@ -5,13 +5,18 @@ whose agents were killed was lost, and is started again: it comes back from its 
 the state of the others. One that failed by itself stays away, and the others go on without it.
 """
 
+import json
 import secrets
-from collections.abc import Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from outlast.launch.config import LaunchConfig
 from outlast.launch.console import Console
+from outlast.launch.ending import goes_on
+from outlast.launch.outcome_log import read_outcomes
 from outlast.launch.slurm.conclusion import CUT_OFF
 from outlast.launch.standalone import (
     EXIT_KILLED,
@@ -25,6 +30,7 @@ from outlast.launch.standalone import (
 
 # Whatever kills an island in so many starts in a row that come to no new step will kill the next.
 LOSSES_MAX = 16
+STEPPED = ("resumed", "outer")  # events of steps that an island has made itself
 
 
 class LocalIsland(LocalJob):
@@ -32,22 +38,41 @@ class LocalIsland(LocalJob):
 
     def __init__(self, config: LaunchConfig, key: bytes) -> None:
         super().__init__(config, key)
-        self._progress, self._losses = 0, 0
+        self._step = self._losses = 0
+        self._read = set(self._logs())  # of an earlier run
 
     def revive(self, console: Console) -> Sequence[Process]:
         """Its agents, started again if it was lost and can be saved."""
         if self.code not in (None, CUT_OFF):
             return ()
-        metrics = Path(self.config.log_dir) / "metrics.jsonl"
-        progress = metrics.stat().st_size if metrics.exists() else 0
-        self._losses = 1 if progress > self._progress else self._losses + 1
-        self._progress = progress
+        step = max([self._step, *self._steps()])
+        self._losses = 0 if step > self._step else self._losses + 1
+        self._step = step
         name = f"island {self.config.island}"
-        if self._losses > LOSSES_MAX:
+        if self._losses >= LOSSES_MAX:
             console.line(f"{name} was lost {self._losses} times without a new step: it stays away")
             return ()
         console.line(f"{name} was lost; it is started again")
         return self.start()
+
+    def stopped(self, since: float) -> bool:
+        """Whether it was brought to storage at a signal."""
+        found = read_outcomes(Path(self.config.log_dir))
+        return any(record.stopped and record.time >= since for record in found)
+
+    def _logs(self) -> list[Path]:
+        return sorted(Path(self.config.log_dir).glob("events-*.jsonl"))
+
+    def _steps(self) -> Iterator[int]:
+        """Where it came in the life that has just ended: every agent has a log of its own."""
+        fresh = [path for path in self._logs() if path not in self._read]
+        self._read.update(fresh)
+        for path in fresh:
+            for line in path.read_text("utf-8", "replace").splitlines():
+                with suppress(ValueError):  # a torn line, as on a full disk
+                    event = json.loads(line)
+                    if event["event"] in STEPPED and isinstance(event.get("step"), int):
+                        yield event["step"]
 
 
 def run_islands(config: LaunchConfig, key: bytes | None) -> int:
@@ -57,6 +82,7 @@ def run_islands(config: LaunchConfig, key: bytes | None) -> int:
     while len(ports) < config.islands:
         ports.add(free_port())
     endpoints = [f"127.0.0.1:{port}" for port in sorted(ports)]
+    config, began = replace(config, together=True), time.time()
     islands = [LocalIsland(config.of_island(i, endpoints), key) for i in range(config.islands)]
     console = Console()
 
@@ -80,6 +106,8 @@ def run_islands(config: LaunchConfig, key: bytes | None) -> int:
         finally:
             for island in islands:
                 island.end()
+            if any(island.stopped(began) for island in islands):
+                console.line(goes_on(config))
             console.close()
     killed = 128 + signalled if signalled else EXIT_KILLED
     codes = [killed if island.code is None else island.code for island in islands]

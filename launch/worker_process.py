@@ -80,6 +80,8 @@ class WorkerProcess:
             LATCH_FD: str(files[1]),
             "TORCHELASTIC_ERROR_FILE": str(self._error_file),
         }
+        if config.together:  # through a pipe, where Python would keep lines back
+            environment["PYTHONUNBUFFERED"] = "1"
         agent = os.getpid()
         try:
             self._process = subprocess.Popen(

@@ -1,5 +1,6 @@
 """Several islands on one machine, and one by one: what their workers say, and who is lost."""
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from test_cli import parse
 from outlast.cluster.errors import Misuse
 from outlast.launch import cli, islands
 from outlast.launch.config import LaunchConfig
+from outlast.launch.console import Console
+from outlast.launch.ending import goes_on
 
 WORKER = str(HERE / "island_worker.py")
 Start = Callable[..., Job]
@@ -129,7 +132,7 @@ while True:
 """
     marks = tmp_path / "mark"
     job = start("--islands", "2", "--standalone", script(program), str(marks))
-    job.wait_for(lambda: job.output.count("here") == 2)
+    job.wait_for(lambda: all(f"[island {number}] here\n" in job.output for number in (0, 1)))
     job.process.send_signal(signal.SIGTERM)
     job.wait_for(lambda: all(Path(f"{marks}{number}").exists() for number in (0, 1)))
     for number in (0, 1):
@@ -182,8 +185,35 @@ def test_an_island_that_dies_again_and_again_is_given_up(
     config = LaunchConfig(script=text, standalone=True, job="j", log_dir=directory, islands=1)
     assert islands.run_islands(config, None) == 1
     told = capfd.readouterr().err
-    assert told.count("island 0 was lost; it is started again") == 2
-    assert "it stays away" in told
+    assert told.count("island 0 was lost; it is started again") == 1
+    assert "island 0 was lost 2 times without a new step: it stays away" in told
+
+
+def test_new_steps_are_those_that_the_island_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(islands, "LOSSES_MAX", 2)
+
+    def life(number: int, event: str, step: int) -> None:
+        line = json.dumps({"event": event, "step": step}) + "\n"
+        (tmp_path / f"events-n-{number}.jsonl").write_text(line + line[:9])
+
+    def revived() -> bool:
+        island.agents = []  # as if all had been killed
+        started = bool(island.revive(console))
+        island.end()
+        return started
+
+    life(0, "resumed", 99)  # of an earlier run
+    config = LaunchConfig(script="-", standalone=True, job="j", log_dir=str(tmp_path))
+    island, console = islands.LocalIsland(config, KEY.encode()), Console()
+    for number, event in enumerate(("resumed", "outer", "resumed"), 1):
+        life(number, event, number)
+        assert revived()
+    for number, again in ((10, True), (11, False)):
+        life(number, "recovered", number)  # the step of another island, which it has not made
+        assert revived() == again
+    console.close()
 
 
 def test_the_config_of_an_island(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +228,8 @@ def test_the_config_of_an_island(monkeypatch: pytest.MonkeyPatch) -> None:
     same = parse(*by_hand, "--rdzv-id", config.job, "--log-dir", config.log_dir,
                  "--checkpoint-dir", config.checkpoint_dir)  # fmt: skip
     assert same == config
+    assert config.checkpoint_root.endswith("/logs/checkpoints")
+    assert goes_on(config).endswith("/logs/checkpoints goes on")
     remote = parse(*by_hand, "--checkpoint-dir", "s3://bucket/run/")
     assert remote.checkpoint_dir == "s3://bucket/run/island1"
     assert LaunchConfig.from_json(config.as_json()) == config
