@@ -230,19 +230,20 @@ def plan_stripes(**options: Any) -> None:
 @click.option("--params", default="1B", help="Parameters of the model.", show_default=True)
 @click.option("--layers", type=click.IntRange(1), default=24, show_default=True,
               help="Its layers, taken for equally large.")
-@click.option("--step-time", type=click.FloatRange(0, min_open=True), default=0.1,
+@click.option("--step-time", type=click.FloatRange(1e-6, 1e6), default=0.1,
               show_default=True, help="Seconds in which an island computes a step.")
 @click.option("--islands", type=click.IntRange(2), default=2, help="How many.", show_default=True)
 @click.option("--every", default=30, help="H, steps from turn to turn.", show_default=True)
 @click.option("--fragment", default=3, help="Layers of a fragment.", show_default=True)
 @click.option("--delay", default=1, help="tau, steps an exchange may take.", show_default=True)
 @click.option("--codec", default="e3m0", help="e3m0, int8, none or topk.", show_default=True)
-@click.option("--bandwidth", type=click.FloatRange(0, min_open=True), multiple=True,
+@click.option("--bandwidth", type=click.FloatRange(1e-6, 1e6), multiple=True,
               default=(0.1, 1.0, 10.0), show_default=True,
               help="Gbit/s of an island's link; may be given often.")
-@click.option("--latency", type=click.FloatRange(0), default=0.0, help="Its milliseconds, one way.")
+@click.option("--latency", type=click.FloatRange(0, 1e6), default=0.0,
+              help="Its milliseconds, one way.")
 @click.option("--table4", is_flag=True, help="Simulate table 4 of Streaming DiLoCo instead.")
-@click.option("--plot", default="", metavar="FILE", help="Draw the utilisation, as PNG.")
+@click.option("--plot", default="", metavar="FILE", help="Draw the utilisation, as FILE.png.")
 @click.option("--json", "as_json", metavar="FILE", help="Write the numbers here, too.")
 def plan(**options: Any) -> None:
     """Show what islands would exchange, and which bandwidth that takes."""

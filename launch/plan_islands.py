@@ -35,6 +35,7 @@ LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)
 BFLOAT16_BITS = 16
 # For each element, with the scale of its block; `runtime.islands.codec` has the same in bytes.
 CODEC_BITS = {"e3m0": 129 / 32, "int8": 258 / 32, "none": 32.0, "topk": 116 / 512}
+PARAMETERS_MAX = 1e18
 _POWERS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 # Table 4 of the paper: Gbit/s that LEVELS need, H = 100, fragments of 3 layers, tau = 1, 2 islands.
@@ -65,10 +66,11 @@ def plan_islands(options: Mapping[str, Any], console: Console) -> None:
     """
     from outlast.runtime.islands.settings import Islands
 
+    _check(options)
     if options["table4"]:
         cells = list(table_4())
-        _show_table_4(cells, console)
         _write(options["as_json"], cells)
+        _show_table_4(cells, console)
         return
     model = Model(count(options["params"]), options["layers"], options["step_time"])
     names = ("every", "fragment", "delay", "codec")
@@ -82,18 +84,30 @@ def plan_islands(options: Mapping[str, Any], console: Console) -> None:
     fewer = reports["data parallel, bf16"]["bytes_per_step"]
     for told in reports.values():
         told["times_fewer"] = fewer / told["bytes_per_step"]
-    _show(model, reports, console)
     if options["plot"]:
         _plot(model, found, latency_s, options["plot"])
     _write(options["as_json"], {"model": asdict(model), "methods": reports})
+    _show(model, reports, console)
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    """Refuse, before anything is computed, what click lets pass."""
+    for name in ("step_time", "latency", "bandwidth"):
+        values = options[name] if name == "bandwidth" else [options[name]]
+        if not all(map(isfinite, values)):
+            raise Misuse(f"--{name.replace('_', '-')} {options[name]}: use finite numbers")
+    if options["plot"] and options["table4"]:
+        raise Misuse("--table4 has no picture: leave out --plot")
+    if options["plot"] and Path(options["plot"]).suffix.lower() != ".png":
+        raise Misuse(f"--plot {options['plot']!r}: name a file that ends in .png")
 
 
 def count(text: str) -> float:
-    """Parameters of a size such as 350M, 1.3B or 1300000000; raises Misuse."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", text.strip().upper())
-    if found is None or not float(found[1]):
+    """Parameters of a size such as 350M, 1.3B, 1.3e9 or 1300000000; raises Misuse."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:E\+?\d{1,2})?)([KMBT]?)", text.strip().upper())
+    if found is None or not 1 <= (size := float(found[1]) * _POWERS[found[2]]) <= PARAMETERS_MAX:
         raise Misuse(f"--params {text!r} is not a number of parameters: write 350M or 1.3B")
-    return float(found[1]) * _POWERS[found[2]]
+    return size
 
 
 def methods(layers: int, islands: int, settings: "Islands") -> dict[str, Exchange]:
@@ -165,7 +179,8 @@ def table_4() -> Iterator[dict[str, Any]]:
 
 def _show(model: Model, reports: Mapping[str, Mapping[str, Any]], console: Console) -> None:
     console.print(
-        f"{model.parameters:g} parameters in {model.layers} layers, {model.step_s:g} s a step.\n"
+        f"{model.parameters:.3g} parameters in {model.layers} layers, {model.step_s:.3g} s a step."
+        "\n"
         "Over the link of an island, one way:"
     )
     table = _table("", "a step", "at most", "less than data parallel")

@@ -102,22 +102,34 @@ def test_picture(tmp_path: Path) -> None:
         (["--fragment=0"], "1 or more units"),
         (["--json=/nowhere/plan.json"], "--json"),
         (["--plot=/nowhere/plan.png"], "--plot"),
-        (["--plot=plan.nonsense"], "--plot"),
+        (["--plot=plan.svg"], "ends in .png"),
+        (["--plot=plan.png", "--table4"], "leave out --plot"),
+        (["--params=1e99"], "350M"),
+        (["--params=1e400"], "350M"),
+        (["--step-time=nan"], "--step-time nan"),
+        (["--latency=nan"], "--latency nan"),
+        (["--bandwidth=1", "--bandwidth=nan"], "--bandwidth"),
     ],
 )
 def test_misuse(arguments: list[str], reason: str) -> None:
-    error = planned(*arguments).exception
-    assert isinstance(error, Misuse)
-    assert reason in str(error)
+    result = planned(*arguments)
+    assert isinstance(result.exception, Misuse)
+    assert reason in str(result.exception)
+    assert not result.output
 
 
-@pytest.mark.parametrize("flag", ["--islands=1", "--bandwidth=0", "--step-time=0", "--layers=0"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--islands=1", "--bandwidth=0", "--step-time=0", "--layers=0", "--step-time=1e-300",
+     "--step-time=inf", "--latency=inf", "--latency=-1"],
+)  # fmt: skip
 def test_flags_out_of_range(flag: str) -> None:
     assert planned(flag).exit_code == 2
 
 
 @pytest.mark.parametrize(
-    ("text", "parameters"), [("350M", 350e6), ("1.3b", 1.3e9), ("7", 7.0), ("2T", 2e12)]
+    ("text", "parameters"),
+    [("350M", 350e6), ("1.3b", 1.3e9), ("7", 7.0), ("2T", 2e12), ("1e9", 1e9)],
 )
 def test_count(text: str, parameters: float) -> None:
     assert count(text) == parameters
