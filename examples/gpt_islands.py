@@ -19,7 +19,7 @@ from corpus import Windows, standard_library
 from progress import Progress
 
 import outlast
-from outlast.runtime.islands.settings import CODECS, RULES, Islands
+from outlast import Islands
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Islands, argparse.Namespace]:
@@ -30,13 +30,13 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Islands, argparse.Nam
     add, usual = parser.add_argument, Islands()
     add("--every", type=int, default=usual.every, help="H, steps between exchanges of a fragment")
     add("--fragment", type=int, default=usual.fragment, help="units of one fragment")
-    add("--order", choices=("strided", "sequential"), default=usual.order)
+    add("--order", choices=Islands.ORDERS, default=usual.order)
     add("--delay", type=int, default=usual.delay, help="tau, steps that an exchange may take")
     add("--mixing", type=float, default=usual.mixing, help="alpha, share of the local parameters")
     add("--outer-lr", type=float, default=usual.outer_lr)
     add("--outer-momentum", type=float, default=usual.outer_momentum)
-    add("--codec", choices=CODECS, default=usual.codec)
-    add("--rule", choices=RULES, default=usual.rule)
+    add("--codec", choices=Islands.CODECS, default=usual.codec)
+    add("--rule", choices=Islands.RULES, default=usual.rule)
     add("--patience-s", type=float, default=usual.patience_s, help="for an island that is late")
     add("--record", default="", help="keep there all that is averaged")
     add("--replay", default="", help="train one island once more on what it has received")
@@ -51,7 +51,8 @@ def train(islands: Islands, args: argparse.Namespace) -> None:
     training, validation = (Windows(t, args.context) for t in (corpus.train, corpus.validation))
     model, parameters = gpt.prepare(run, args)
     metrics: dict[str, float] = {}
-    with Progress(args.steps) as progress:
+    island = os.environ.get("OUTLAST_ISLAND", "0")
+    with Progress(args.steps, f"island {island}  ") as progress:
         for step in run.steps(args.steps):
             with step:
                 for batch in step.batches(training, batch_size=args.batch_size):
@@ -70,7 +71,7 @@ def train(islands: Islands, args: argparse.Namespace) -> None:
     digest, outer = run.digest(), run.digest("outer_param", "outer_momentum")
     if run.rank == 0:
         print(f"sha256 of parameters and optimizer state: {digest}")
-        print(f"island {os.environ.get('OUTLAST_ISLAND', '?')}, of the outer state: {outer}")
+        print(f"island {island}, of the outer state: {outer}")
         if args.digest_file is not None:
             result = {"sha256": digest, "parameters": parameters, **metrics}
             gpt.write(args.digest_file, json.dumps(result) + "\n")

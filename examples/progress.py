@@ -17,17 +17,17 @@ class Progress:
     """Shows the steps of a training of `steps` steps; only the rank that calls `show` prints.
 
     Which rank that is may change in the middle of the run, so nothing is printed before the first
-    call, and a bar begins where the run is.
+    call, and a bar begins where the run is. `title` says of which training.
     """
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, title: str = "") -> None:
+        self.steps, self.title = steps, title
         self._bar: Bar | None = None
         self._plain_at = 0.0
 
     def show(self, done: int, world_size: int, metrics: Mapping[str, float]) -> None:
         """`done` steps of all are committed; validations and the last step always get a line."""
-        text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        text = self.title + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         validated = "validation_bits_per_byte" in metrics
         if not sys.stdout.isatty():
             if validated or done == self.steps or time.monotonic() >= self._plain_at:
@@ -42,7 +42,7 @@ class Progress:
             self._bar.start()
         if validated:
             self._bar.console.print(f"step {done}/{self.steps}  {text}")
-        short = f"ranks {world_size}  loss {metrics['loss']:.4f}"
+        short = f"{self.title}ranks {world_size}  loss {metrics['loss']:.4f}"
         self._bar.update(self._bar.task_ids[0], completed=done, text=short)
 
     def __enter__(self) -> Self:

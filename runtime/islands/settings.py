@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from math import inf
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from outlast.cluster.errors import Misuse
 from outlast.layout.fragments import ORDERS, STRIDED
@@ -21,7 +21,8 @@ RULES = ("mean", "edit", "trimmed", "median")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Islands:
-    """Settings of the exchange, the same on all islands but for `delay` and `patience_s`.
+    """Settings of the exchange, the same on all islands but for `delay` and `patience_s`; ORDERS,
+    CODECS and RULES are what there is to choose from.
 
     Args:
         every: H, steps between two exchanges of one fragment.
@@ -43,6 +44,10 @@ class Islands:
     Raises:
         Misuse: a setting cannot work.
     """
+
+    ORDERS: ClassVar[tuple[str, ...]] = ORDERS
+    CODECS: ClassVar[tuple[str, ...]] = CODECS
+    RULES: ClassVar[tuple[str, ...]] = RULES
 
     every: int = 30
     fragment: int = 3
