@@ -149,7 +149,7 @@ class Progress:
             self._rounds, self._waited_s = self._rounds + 1, self._waited_s + waited_s
             self._turns += fragment == 0
             if fragment == 0 and self._turns % TURNS == 0:
-                cost = f"waited {self._waited_s:.1f} s, {size / 1e6:.1f} MB sent by rank 0"
+                cost = f"waited {self._waited_s:.1f} s, {size / 1e6:.3g} MB sent by rank 0"
                 self.say(f"step {step}: {self._rounds} rounds so far, {cost}")
 
     def _changes(self, before: View, view: View) -> str:
