@@ -119,6 +119,8 @@ class Progress:
         elif name == "island_missed":
             lost, fragment = message.get("island"), message.get("fragment")
             self.say(f"step {step}: without island {lost}, which did not send fragment {fragment}")
+        elif name == "island_behind":
+            self.say(f"step {step}: others went on without this island; their state is taken")
         elif name == "island_forked":
             self.say(f"step {step}: others know more of the outer parameters; their state is taken")
         elif name == "rebalanced":
