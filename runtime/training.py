@@ -42,6 +42,7 @@ from outlast.runtime.fold import (
     unit_squares,
 )
 from outlast.runtime.islands.outer import Outer
+from outlast.runtime.islands.outer_optimizer import still_roles
 from outlast.runtime.islands.settings import Islands
 from outlast.runtime.jury import Jury
 from outlast.runtime.leaf_gradient import LeafGradient
@@ -344,7 +345,9 @@ class Training:
         facts = scalars[0], losses, norms, self.lineage, outer
         generation = self.membership.generation.view.generation
         self.recorded = SlotRecord(index + 1, generation, (), (), {}, *facts)
-        still = self.outer.still(index + 1) if self.outer is not None else frozenset[str]()
+        still = frozenset[str]()
+        if self.outer is not None:
+            still = still_roles(self.outer.rounds, self.outer.delays, index + 1)
         self.state.commit(self.recorded, still)
 
     def gather(self) -> None:

@@ -77,7 +77,7 @@ class Council:
         self._me, self._every, self._patience_s = me, settings.every, settings.patience_s
         self._neighbours, self._inbox, self._tell, self._poll_s = neighbours, inbox, tell, poll_s
         self.waited_s = 0.0
-        self._absent: set[int] = set()  # in reach, and not waited for
+        self._absent: dict[int, int] = {}  # in reach, not waited for: island -> when it began
         self._due_since: dict[str, float] = {}
 
     def enter(self, communicator: Communicator) -> None:
@@ -94,20 +94,24 @@ class Council:
             "have": have if runs else None,
             "closing": self._neighbours.closings.get((at.fragment, at.step, at.base.name)),
         }
-        return vote | (self._watch(at, whole) if self._communicator.rank == 0 else {})
+        return vote | (self._watch(at) if self._communicator.rank == 0 else {})
 
-    def _watch(self, at: Round, whole: Sequence[int]) -> Vote:
+    def _watch(self, at: Round) -> Vote:
         """What rank 0 adds to its vote: whom to wait for, and for how long."""
-        self._absent -= set(whole)
         reach, others = self._neighbours.reach, self._neighbours.others
         partners = self._neighbours.partners(self._every)
+        # Who has entered anew since is waited for again.
+        self._absent = {
+            j: began for j, began in self._absent.items()
+            if j not in partners or partners[j].began == began
+        }  # fmt: skip
         there = {j: place for j, place in partners.items() if j not in self._absent}
         # They have nothing of this round: they take another's state, or have just done so.
         anew = {j for j in self._neighbours.newest(WAITING) if j not in partners}
         anew |= {j for j, place in partners.items() if place.began >= at.step}
         waited_s = time.monotonic() - self._due_since.get(at.key, inf)
         if waited_s > 2 * self._patience_s:  # the lower ones would have closed the round by now
-            self._absent |= {j for j in there if j < self._me}
+            self._absent |= {j: place.began for j, place in there.items() if j < self._me}
             there = {j: place for j, place in there.items() if j > self._me}
         return {
             "there": {str(j): place.began for j, place in there.items()},
@@ -119,6 +123,10 @@ class Council:
     def heed(self, at: Round, votes: Sequence[Vote]) -> tuple[int, ...] | None:
         """See `Contributions`."""
         found = verdict(at, votes, self._me)
+        said = [vote["have"].keys() for vote in votes if vote["have"] is not None]
+        for island in set(self._absent) if said else ():
+            if all(str(island) in whole for whole in said):
+                del self._absent[island]  # it has come in time
         place = {"fragment": at.fragment, "step": at.step}
         if found.astray is not None:
             self._tell("island_forked", **place, donor=found.astray)
@@ -129,7 +137,8 @@ class Council:
             closing = {"base": at.base.name, "by": self._me, "islands": list(found.islands)}
             first = self._communicator.rank == 0
             self._neighbours.close(at.fragment, at.step, closing, say=first)
-            self._absent |= set(found.missed)
+            partners = self._neighbours.partners(self._every)
+            self._absent |= {j: partners[j].began for j in found.missed if j in partners}
             for island in found.missed:
                 self._tell("island_missed", island=island, **place)
         return found.islands

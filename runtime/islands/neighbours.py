@@ -132,6 +132,8 @@ class Neighbours:
                 self._began_anew(island, place.began)
             places.pop(place.holder, None)
             places[place.holder] = place
+            for old in list(places)[: -2 * place.size - 8]:  # of workers that are gone
+                del places[old]
             for closing in message.get("closings", ()):
                 self._close(closing)
         elif kind == "closing":
@@ -198,11 +200,14 @@ class Neighbours:
     # ---- what is known
 
     def places(self, island: int) -> list[Place]:
-        """The ranks of an island, in the generation that was heard of last, if all are known."""
+        """The ranks of an island, in the newest generation of which all are known."""
         with self.changed:
             known = list(self._places.get(island, {}).values())
-        team = [place for place in known if place.team == known[-1].team]
-        return team if known and len(team) == known[-1].size else []
+        for newest in reversed(known):
+            team = [place for place in known if place.team == newest.team]
+            if len(team) == newest.size:
+                return team
+        return []
 
     def asking(self, me: int) -> list[str]:
         """Who asks island `me` for its state and could be given it: all ranks there are known."""

@@ -7,6 +7,7 @@ applies the same. Other islands are waited for in one place, `Council.decided`.
 
 import re
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -36,14 +37,7 @@ from outlast.runtime.islands.exchange import Exchange
 from outlast.runtime.islands.facts import Facts
 from outlast.runtime.islands.inbox import Inbox
 from outlast.runtime.islands.neighbours import DONE, TRAINING, Neighbours, Place
-from outlast.runtime.islands.outer_optimizer import (
-    APPLIED_ROLES,
-    OUTER_ROLES,
-    PSEUDOGRADIENT,
-    SENT_ROLES,
-    OuterOptimizer,
-    taken_roles,
-)
+from outlast.runtime.islands.outer_optimizer import PSEUDOGRADIENT, OuterOptimizer, taken_roles
 from outlast.runtime.islands.replay import Recorder, Replay
 from outlast.runtime.islands.settings import Islands
 from outlast.runtime.islands.shares import Shares
@@ -82,7 +76,7 @@ class Outer:
             self._space.numel,
             [island for island in range(self.islands) if island != self.island],
             lambda message: training.link.send(kind="islands", message=message),
-            self.inbox.clear,
+            lambda island, step: self._anew.append((island, step)),
             self.inbox.changed,
         )
         timing, key = identity.timing, identity.island_key
@@ -100,6 +94,7 @@ class Outer:
         shared = training.settings
         self.common = settings.common(f"{model} {shared.seed} {shared.leaves} {shared.grain}")
         self.facts = self._next = Facts.initial(self.rounds, self.common)
+        self._anew: deque[tuple[int, int]] = deque()  # islands that go on with another state
         self._done = False
         self.astray = False  # a peer's state has to be taken before the next step
         training.link.follow_islands(self.neighbours.heard, self.neighbours.reached)
@@ -136,7 +131,7 @@ class Outer:
 
     def say(self, step: int) -> dict[str, Any]:
         """This rank's word on the rounds that are on their way when `step` steps will be done."""
-        self._bring(self._training.state.live(PSEUDOGRADIENT))
+        self._tend(self._training.state.live(PSEUDOGRADIENT))
         for refused in (self.inbox.refused, self.neighbours.refused):
             while refused:
                 cause = refused.popleft()
@@ -144,6 +139,12 @@ class Outer:
         pending = self._pending(step)
         rounds = {at.key: self.council.vote(at, self.shares.of(at.fragment)[1]) for at in pending}
         return {"rounds": rounds, "asks": self.neighbours.asking(self.island)}
+
+    def _tend(self, values: Sequence[Tensor]) -> None:
+        """What is to be done before each vote; what was voted on stays until it is used."""
+        while self._anew:
+            self.inbox.clear(*self._anew.popleft())
+        self._bring(values)
 
     def _bring(self, values: Sequence[Tensor]) -> None:
         self.courier.bring(self._next, values, self.shares.runs, self.shares.fragments)
@@ -155,12 +156,11 @@ class Outer:
 
     def _open(self, rounds: Iterable[tuple[int, int]]) -> list[Round]:
         """Those of the rounds that are not in the state yet: who enters may be ahead with some."""
-        return [self._round(p, sent) for p, sent in rounds if sent > self._next.applied[p]]
-
-    def _round(self, fragment: int, step: int) -> Round:
         facts = self._next
-        sent = facts.sent[fragment]
-        return Round(fragment, step, facts.versions[fragment], sent is not None and sent[0] == step)
+        return [
+            Round(p, step, facts.versions[p], (facts.sent[p] or (-1,))[0] == step)
+            for p, step in rounds if step > facts.applied[p]
+        ]  # fmt: skip
 
     def advance(self, live: Live, step: int, heads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The outer part of the step that makes `step` steps, on the opened half.
@@ -192,7 +192,7 @@ class Outer:
 
     def _apply(self, live: Live, at: Round, step: int, votes: Sequence[Vote]) -> None:
         fragment, (_, runs) = at.fragment, self.shares.of(at.fragment)
-        tend = partial(self._bring, live[PSEUDOGRADIENT])
+        tend = partial(self._tend, live[PSEUDOGRADIENT])
         islands = self.council.decided(at, runs, votes, tend)
         missed = at.contributed and self.island not in islands and not self.settings.replay
         if missed and self._next.missed == PARDONED:
@@ -239,12 +239,6 @@ class Outer:
             )  # fmt: skip
             self._optimizer.apply(live, chosen, average, self._mixings[fragment])
         return facts.merged(fragment, at.step, islands, guard), told
-
-    def still(self, step: int) -> frozenset[str]:
-        """Roles that the step that makes `step` steps leaves as they are."""
-        sent, due = self.rounds.sent(step), self.rounds.due(step, self.delays)
-        changed = (SENT_ROLES if sent else ()) + (APPLIED_ROLES if due else ())
-        return frozenset(OUTER_ROLES) - frozenset(changed)
 
     def committed(self, record: SlotRecord, heads: Sequence[Mapping[str, Any]]) -> None:
         """The step of the last `advance` is committed: hand it to every island that has asked all

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from outlast.checkpoint.records import Role
+from outlast.layout.fragments import Rounds
 from outlast.layout.run import Run
 from outlast.runtime.islands.codec import Codec
 from outlast.runtime.islands.rules import grain_grams, total, trimmed_mean, weights
@@ -32,6 +33,13 @@ Guard = dict[str, Any]
 def outer_roles(settings: Islands) -> tuple[str, ...]:
     """Roles that an island has besides those of its inner optimizer, all float32."""
     return OUTER_ROLES if settings.codec == "topk" else OUTER_ROLES[:-1]
+
+
+def still_roles(rounds: Rounds, delays: Sequence[int], step: int) -> frozenset[str]:
+    """Those that the step that makes `step` steps leaves as they are."""
+    sent = SENT_ROLES if rounds.sent(step) else ()
+    applied = APPLIED_ROLES if rounds.due(step, delays) else ()
+    return frozenset(OUTER_ROLES) - {*sent, *applied}
 
 
 def taken_roles(roles: Sequence[Role], primary: str) -> list[str]:
