@@ -41,6 +41,7 @@ from outlast.runtime.optimizer import Schedule
 from outlast.runtime.samples import samples
 
 GRAIN, ALL = 4096, 1_000_000
+UNTOLD = ("json", "only", "processes", "plot")  # flags that change no result
 BATCHES, BATCH = 16, 64  # of the validation
 Batch = list[torch.Tensor]
 
@@ -206,6 +207,22 @@ def show(results: Mapping[str, Mapping[str, Any]], options: argparse.Namespace) 
                  "lower peak"], rows))  # fmt: skip
 
 
+def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Validation over steps, one line per arm, as SVG that is the same for the same data."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "outlast", "font.size": 10}):
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for name, found in results.items():
+            axes.plot(*zip(*found["curve"], strict=True), label=name, linewidth=1.4)
+        axes.set(xlabel="steps", ylabel="validation of the outer copy, bits per byte")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="upper right")
+        figure.savefig(path, metadata={"Date": None})
+
+
 def flags(text: str) -> argparse.ArgumentParser:
     """The flags of a training; the defaults are 1.3 million parameters and a million bytes read."""
     parser = argparse.ArgumentParser(
@@ -232,6 +249,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--only", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
     add("--eval-every", type=int, default=250)
+    add("--plot", type=Path, help="draw the curves of these arms here, as SVG")
     add("--processes", type=int, default=2, help="arms that run at once, on one thread each")
     add("--json", type=Path, metavar="FILE", help="keep what is measured here, arm by arm")
     return parser.parse_args()
@@ -240,7 +258,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Train the arms that FILE does not have yet, and print the table."""
     options = parse()
-    told = {n: v for n, v in vars(options).items() if n not in ("json", "only", "processes")}
+    told = {n: v for n, v in vars(options).items() if n not in UNTOLD}
     results: dict[str, Any] = {}
     if options.json and options.json.exists():
         results = json.loads(options.json.read_text())["arms"]
@@ -254,6 +272,8 @@ def main() -> None:
             if options.json:
                 options.json.write_text(json.dumps({"options": told, "arms": results}))
     show(results, options)
+    if options.plot:
+        plot({name: results[name] for name in options.only}, options.plot)
 
 
 if __name__ == "__main__":
