@@ -218,7 +218,7 @@ SLOW = """
 import sys, time
 from outlast.checkpoint.formats.pieces import PieceSource
 read = PieceSource.read
-PieceSource.read = lambda *arguments: (time.sleep(0.1), read(*arguments))[1]
+PieceSource.read = lambda *arguments: (time.sleep(0.5), read(*arguments))[1]
 from outlast.launch.cli import main
 main()
 """
